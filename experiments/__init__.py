@@ -1,0 +1,1 @@
+"""Programs, each run as `python -m experiments.NAME`."""

@@ -1,0 +1,193 @@
+"""Trains a model, as a pipeline, on the source of Python's standard library.
+
+python -m experiments.train --model=llama2 --size=tiny --num_devices=4 --strategy=1f1b
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags, logging
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import jaxptis
+from experiments.stdlib_bytes import load_corpus, sample_batch, spread_batches
+from models import MODELS, next_token_loss
+
+SIZES = sorted({size for model in MODELS.values() for size in model.sizes})
+NUM_EVALUATIONS = 10
+NUM_EVALUATION_BATCHES = 4
+
+MODEL = flags.DEFINE_enum("model", "llama2", sorted(MODELS), "What to train.")
+SIZE = flags.DEFINE_enum("size", "tiny", SIZES, "Which of the model's sizes.")
+NUM_DEVICES = flags.DEFINE_integer("num_devices", 4, "Devices in the pipeline.", lower_bound=1)
+NUM_MICROBATCHES = flags.DEFINE_integer(
+    "num_microbatches", 8, "Parts that each batch is cut into.", lower_bound=1
+)
+STRATEGY = flags.DEFINE_string("strategy", "1f1b", "gpipe, 1f1b, or the path of a plan file.")
+NUM_STEPS = flags.DEFINE_integer("num_steps", 200, "Steps to train for.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Sequences in a batch.", lower_bound=1)
+SEQUENCE_LENGTH = flags.DEFINE_integer(
+    "sequence_length", 128, "Bytes predicted in each sequence.", lower_bound=1
+)
+LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate", 3e-3, "Peak of warm-up and cosine decay.", lower_bound=0.0
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the parameters and the order of the data.")
+DUMP_TO = flags.DEFINE_string("dump_to", None, "Folder for every step of the compilation, as text.")
+JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the settings and the results.")
+
+SETTINGS = (
+    MODEL,
+    SIZE,
+    NUM_DEVICES,
+    NUM_MICROBATCHES,
+    STRATEGY,
+    NUM_STEPS,
+    BATCH_SIZE,
+    SEQUENCE_LENGTH,
+    LEARNING_RATE,
+    SEED,
+)
+
+
+@flags.multi_flags_validator(["model", "size"], "the model has no such size; see --help")
+def _has_size(values: dict[str, Any]) -> bool:
+    return values["size"] in MODELS[values["model"]].sizes
+
+
+@flags.multi_flags_validator(
+    ["batch_size", "num_microbatches"],
+    "num_microbatches does not divide batch_size; change one to make it a divisor",
+)
+def _divides(values: dict[str, Any]) -> bool:
+    return values["batch_size"] % values["num_microbatches"] == 0
+
+
+@flags.validator("json_output", "its folder does not exist; create it first")
+def _has_folder(path: str | None) -> bool:
+    return path is None or pathlib.Path(path).absolute().parent.is_dir()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """The training loss and the seconds of every step, and (step, loss) of every evaluation."""
+
+    losses: tuple[float, ...]
+    eval_losses: tuple[tuple[int, float], ...]
+    step_s: tuple[float, ...]
+
+
+def main(argv: list[str]) -> None:
+    """Trains, prints what came of it, and writes it to --json_output."""
+    if argv[1:]:
+        raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
+    # Without effect on accelerators; on the CPU backend it makes as many devices as are needed.
+    jax.config.update("jax_num_cpu_devices", NUM_DEVICES.value)
+    devices = jax.devices()[: NUM_DEVICES.value]
+    if len(devices) < NUM_DEVICES.value:
+        raise ValueError(
+            f"--num_devices={NUM_DEVICES.value}, but JAX sees {len(devices)}; lower it"
+        )
+    model = MODELS[MODEL.value]
+    pipeline = jaxptis.pipeline(
+        num_microbatches=NUM_MICROBATCHES.value,
+        devices=devices,
+        strategy=STRATEGY.value,
+        dump_to=DUMP_TO.value,
+    )
+    trainer = pipeline(model.module)(model.sizes[SIZE.value]).trainer(
+        loss=next_token_loss, optimizer=make_optimizer(LEARNING_RATE.value, NUM_STEPS.value)
+    )
+    console = Console()
+    history = train(trainer, console)
+    report(trainer, history, console)
+    if JSON_OUTPUT.value is not None:
+        results = to_json(trainer, history)
+        pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def make_optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
+    """AdamW under a clipped gradient: a tenth of the steps to warm up, then a cosine to a tenth."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=learning_rate,
+        warmup_steps=num_steps // 10,
+        decay_steps=num_steps,
+        end_value=learning_rate / 10,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+
+def train(trainer: jaxptis.Trainer, console: Console) -> History:
+    """Trains for --num_steps steps, and evaluates ten times on the way."""
+    corpus, rng = load_corpus(), np.random.default_rng(SEED.value)
+    size = {"batch_size": BATCH_SIZE.value, "sequence_length": SEQUENCE_LENGTH.value}
+    held_out = spread_batches(corpus.evaluation, NUM_EVALUATION_BATCHES, **size)
+    steps_between = max(1, NUM_STEPS.value // NUM_EVALUATIONS)
+    losses, eval_losses, step_s = [], [], []
+    state = trainer.init(jax.random.key(SEED.value), held_out[0])
+    with Progress(console=console) as bar:
+        task = bar.add_task("compiling", total=NUM_STEPS.value)
+        for step in range(1, NUM_STEPS.value + 1):
+            batch = sample_batch(corpus.training, rng, **size)
+            start_s = time.perf_counter()
+            state, metrics = trainer.step(state, batch)
+            losses.append(float(metrics["loss"]))
+            step_s.append(time.perf_counter() - start_s)
+            if step % steps_between == 0 or step == NUM_STEPS.value:
+                eval_loss = statistics.mean(
+                    float(trainer.evaluate(state, batch)["loss"]) for batch in held_out
+                )
+                eval_losses.append((step, eval_loss))
+                bar.print(f"step {step:4}  loss {losses[-1]:.3f}  evaluation {eval_loss:.3f}")
+            bar.update(task, completed=step, description=f"loss {losses[-1]:.3f}")
+    return History(losses=tuple(losses), eval_losses=tuple(eval_losses), step_s=tuple(step_s))
+
+
+def report(trainer: jaxptis.Trainer, history: History, console: Console) -> None:
+    """Prints the losses, the time of a step, the plan, and each device's share of the work."""
+    console.print(
+        f"\ntraining loss {history.losses[-1]:.3f} nats a byte",
+        f"evaluation loss {history.eval_losses[-1][1]:.3f} nats a byte",
+        f"step {statistics.median(history.step_s) * 1e3:.1f} ms (median)",
+        f"\n{trainer.plan}",
+        sep="\n",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    busy_s = trainer.timeline.busy_s
+    shares = Table("device", "layers", "first", "last", "share of the predicted work", box=None)
+    for device, seconds in enumerate(busy_s):
+        layers = [n for s in trainer.plan.stages if s.device == device for n in s.layers]
+        share = f"{seconds / sum(busy_s):.1%}"
+        shares.add_row(str(device), str(len(layers)), layers[0], layers[-1], share)
+    console.print(shares)
+
+
+def to_json(trainer: jaxptis.Trainer, history: History) -> dict[str, Any]:
+    """Returns the settings, by the names of their flags, and the results."""
+    return {
+        "settings": {flag.name: flag.value for flag in SETTINGS},
+        "losses": history.losses,
+        "eval_losses": history.eval_losses,
+        "step_s": statistics.median(history.step_s),
+        "plan": str(trainer.plan),
+        "num_compilations": trainer.num_compilations,
+        "num_tasks": trainer.num_tasks,
+        "host_s_per_task": trainer.host_s_per_task,
+    }
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # of JAX, for one; --verbosity=0 shows the rest
+    app.run(main)

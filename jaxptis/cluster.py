@@ -1,0 +1,97 @@
+"""The devices of a cluster and how fast they are."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSpec:
+    """What a device can do at best.
+
+    Attributes:
+        kind: the name that JAX gives it (`device.device_kind`), or "cpu".
+        flops_per_s: dense bfloat16 peak.
+        bytes_per_s: peak of reading and writing its memory.
+    """
+
+    kind: str
+    flops_per_s: float
+    bytes_per_s: float
+
+    def __post_init__(self) -> None:
+        for what, rate in ("flops_per_s", self.flops_per_s), ("bytes_per_s", self.bytes_per_s):
+            if not (math.isfinite(rate) and rate > 0):
+                raise ValueError(f"{what} of {self.kind!r} is {rate}; use a finite rate above 0")
+
+
+# NVIDIA's data sheet of each part: bfloat16 tensor core without sparsity, and memory bandwidth.
+# Where a sheet prints the figure with sparsity only, half of it. TPUs: the page of each version at
+# cloud.google.com/tpu/docs, per chip. "cpu" is nominal: only the ratios of layers matter there.
+DEVICE_SPECS = {
+    spec.kind: spec
+    for spec in (
+        DeviceSpec(kind=kind, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s)
+        for kind, flops_per_s, bytes_per_s in (
+            ("NVIDIA A100-SXM4-40GB", 312e12, 1555e9),
+            ("NVIDIA A100-SXM4-80GB", 312e12, 2039e9),
+            ("NVIDIA A100-PCIE-40GB", 312e12, 1555e9),
+            ("NVIDIA A100 80GB PCIe", 312e12, 1935e9),
+            ("NVIDIA H100 80GB HBM3", 989.5e12, 3350e9),
+            ("NVIDIA H100 PCIe", 756.5e12, 2000e9),
+            ("NVIDIA H100 NVL", 835.5e12, 3900e9),
+            ("NVIDIA H200", 989.5e12, 4800e9),
+            ("NVIDIA H200 NVL", 835.5e12, 4800e9),
+            ("NVIDIA B200", 2250e12, 8000e9),
+            ("NVIDIA L4", 121e12, 300e9),
+            ("NVIDIA L40S", 362e12, 864e9),
+            ("TPU v4", 275e12, 1228e9),
+            ("TPU v5 lite", 197e12, 819e9),
+            ("TPU v5", 459e12, 2765e9),
+            ("TPU v6 lite", 918e12, 1640e9),
+            ("cpu", 1e11, 1e10),
+        )
+    )
+}
+"""The known devices by kind."""
+
+
+class _Device(Protocol):
+    """What is looked at of a `jax.Device`."""
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def device_kind(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The devices of a pipeline, in order."""
+
+    devices: tuple[DeviceSpec, ...]
+
+    def __post_init__(self) -> None:
+        if not self.devices:
+            raise ValueError("the cluster has no devices; give it at least one")
+
+    @classmethod
+    def of(cls, jax_devices: Iterable[_Device]) -> Self:
+        """Look up what is published of each device.
+
+        Raises:
+            ValueError: nothing is known of a device's kind.
+        """
+        return cls(tuple(_spec(device) for device in jax_devices))
+
+
+def _spec(device: _Device) -> DeviceSpec:
+    kind = "cpu" if device.platform == "cpu" else device.device_kind
+    if kind not in DEVICE_SPECS:
+        raise ValueError(
+            f"device kind {kind!r} is not known, only {', '.join(map(repr, DEVICE_SPECS))}; "
+            "add it to jaxptis/cluster.py's DEVICE_SPECS"
+        )
+    return DEVICE_SPECS[kind]

@@ -1,0 +1,211 @@
+"""LLaMA-2 (arXiv 2307.09288): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Shapes: B batch, T and S positions (of queries, of keys), D model width, N query heads,
+K key-value heads, G = N / K query heads that share a key-value head, H head width,
+P = H / 2 pairs that turn, F hidden width of the MLP, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama2Config:
+    """Widths and types of one LLaMA-2: computes in dtype, stores parameters in param_dtype."""
+
+    vocab_size: int
+    model_width: int
+    mlp_width: int
+    num_blocks: int
+    num_heads: int
+    num_kv_heads: int
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 10_000.0
+    dtype: DTypeLike = jnp.bfloat16
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.model_width % (2 * self.num_heads):
+            raise ValueError(
+                f"model_width {self.model_width} does not give {self.num_heads} heads of equal "
+                f"and even width; make it a multiple of {2 * self.num_heads}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_kv_heads} key-value heads cannot be shared evenly by {self.num_heads} "
+                "query heads; make num_kv_heads a divisor of num_heads"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.model_width // self.num_heads
+
+
+SIZES: Mapping[str, Llama2Config] = MappingProxyType(
+    {
+        "7B": Llama2Config(
+            vocab_size=32_000,
+            model_width=4096,
+            mlp_width=11_008,
+            num_blocks=32,
+            num_heads=32,
+            num_kv_heads=32,
+        ),
+        "13B": Llama2Config(
+            vocab_size=32_000,
+            model_width=5120,
+            mlp_width=13_824,
+            num_blocks=40,
+            num_heads=40,
+            num_kv_heads=40,
+        ),
+        "70B": Llama2Config(
+            vocab_size=32_000,
+            model_width=8192,
+            mlp_width=28_672,
+            num_blocks=80,
+            num_heads=64,
+            num_kv_heads=8,
+        ),
+        # Not published: over bytes, and small enough to learn in a minute on two CPU cores.
+        "tiny": Llama2Config(
+            vocab_size=256,
+            model_width=128,
+            mlp_width=352,
+            num_blocks=4,
+            num_heads=4,
+            num_kv_heads=2,
+            dtype=jnp.float32,
+        ),
+    }
+)
+
+
+def rotate(x_BTNH: jax.Array, rope_theta: float) -> jax.Array:
+    """Turns the pair (i, i + H / 2) of every head by position * rope_theta ** (-2 i / H) radians.
+
+    The scalar product of a turned query and a turned key depends on the distance between their
+    positions only (RoFormer, arXiv 2104.09864, equation 16).
+    """
+    num_positions, head_width = x_BTNH.shape[1], x_BTNH.shape[3]
+    frequencies_P = rope_theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    positions_T11 = jnp.arange(num_positions, dtype=jnp.float32)[:, None, None]
+    cos_T1P, sin_T1P = (
+        jnp.cos(positions_T11 * frequencies_P),
+        jnp.sin(positions_T11 * frequencies_P),
+    )
+    a_BTNP, b_BTNP = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned_BTNH = jnp.concatenate(
+        [a_BTNP * cos_T1P - b_BTNP * sin_T1P, b_BTNP * cos_T1P + a_BTNP * sin_T1P], axis=-1
+    )
+    return turned_BTNH.astype(x_BTNH.dtype)
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    """Attends causally, query head n to key-value head n // G, with the softmax in float32."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    visible_TS = jnp.arange(S) <= jnp.arange(T)[:, None]
+    weights_BKGTS = jax.nn.softmax(jnp.where(visible_TS, scores_BKGTS * H**-0.5, -jnp.inf))
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
+    return out_BTKGH.reshape(B, T, N, H)
+
+
+def dense(
+    config: Llama2Config,
+    name: str,
+    features: int | tuple[int, ...],
+    axis: int | tuple[int, ...] = -1,
+) -> nn.DenseGeneral:
+    """A matmul from the given axes to the given features, without a bias."""
+    return nn.DenseGeneral(
+        features,
+        axis=axis,
+        use_bias=False,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        name=name,
+    )
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square, in float32 (arXiv 1910.07467, equation 4)."""
+
+    config: Llama2Config
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        scale_D = self.param("scale", nn.initializers.ones, x_BTD.shape[-1:], c.param_dtype)
+        x32_BTD = x_BTD.astype(jnp.float32)
+        mean_square_BT1 = jnp.mean(x32_BTD**2, axis=-1, keepdims=True)
+        normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square_BT1 + c.norm_epsilon)
+        return normed_BTD.astype(c.dtype) * scale_D.astype(c.dtype)
+
+
+class Attention(nn.Module):
+    """Maps the residual stream (B, T, D) to what grouped-query attention adds to it."""
+
+    config: Llama2Config
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        x_BTD = RMSNorm(c, name="norm")(x_BTD)
+        q_BTNH = dense(c, "query", (c.num_heads, c.head_width))(x_BTD)
+        k_BSKH = dense(c, "key", (c.num_kv_heads, c.head_width))(x_BTD)
+        v_BSKH = dense(c, "value", (c.num_kv_heads, c.head_width))(x_BTD)
+        out_BTNH = attend(rotate(q_BTNH, c.rope_theta), rotate(k_BSKH, c.rope_theta), v_BSKH)
+        return dense(c, "out", c.model_width, axis=(-2, -1))(out_BTNH)
+
+
+class MLP(nn.Module):
+    """Maps the residual stream (B, T, D) to what SwiGLU adds (arXiv 2002.05202, equation 6)."""
+
+    config: Llama2Config
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        c = self.config
+        x_BTD = RMSNorm(c, name="norm")(x_BTD)
+        gate_BTF = dense(c, "gate", c.mlp_width)(x_BTD)
+        up_BTF = dense(c, "up", c.mlp_width)(x_BTD)
+        return dense(c, "down", c.model_width)(nn.silu(gate_BTF) * up_BTF)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each added to the residual stream (B, T, D)."""
+
+    config: Llama2Config
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD += Attention(self.config, name="attention")(x_BTD)
+        return x_BTD + MLP(self.config, name="mlp")(x_BTD)
+
+
+class Llama2(nn.Module):
+    """Maps tokens (B, T), integers below V, to the logits (B, T, V) of the token after each."""
+
+    config: Llama2Config
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        c = self.config
+        x_BTD = nn.Embed(
+            c.vocab_size, c.model_width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed"
+        )(tokens_BT)
+        for i in range(c.num_blocks):
+            x_BTD = Block(c, name=f"layers_{i}")(x_BTD)
+        x_BTD = RMSNorm(c, name="norm")(x_BTD)
+        return dense(c, "head", c.vocab_size)(x_BTD)

@@ -1,0 +1,23 @@
+"""Every model that experiments can name, with its published sizes."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from flax import linen as nn
+
+from models import llama2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A module class, called with a config, and the configs it was published with."""
+
+    module: type[nn.Module]
+    sizes: Mapping[str, Any]
+
+
+MODELS: Mapping[str, Model] = MappingProxyType(
+    {"llama2": Model(module=llama2.Llama2, sizes=llama2.SIZES)}
+)

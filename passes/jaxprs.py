@@ -1,0 +1,229 @@
+"""The one file that knows JAX's private types and how they differ between versions.
+
+Everywhere else a jaxpr is an open `Jaxpr` without constants: its inputs are `invars`, its equations
+`eqns`, its results `outvars`. Here such jaxprs are traced, rebuilt, sliced and evaluated.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src.interpreters import partial_eval
+from jax.extend import core
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+__all__ = [
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Var",
+    "avals",
+    "backward_slice",
+    "call_body",
+    "check",
+    "count_primitives",
+    "dependents",
+    "drop_dead_equations",
+    "evaluate",
+    "inline",
+    "is_float",
+    "nbytes",
+    "read_vars",
+    "reads",
+    "rebuild",
+    "source_line",
+    "sub_jaxprs",
+    "trace",
+]
+
+# Primitives that only call their body, and the parameter that holds it.
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+
+
+def trace(fun: Callable, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
+    """Trace `fun` at abstract arguments.
+
+    Returns:
+      The jaxpr, whose leading invars stand for the constants that `fun` closes over; the values of
+      those constants; and the pytree of `jax.ShapeDtypeStruct` that `fun` returns.
+    """
+    closed, out = jax.make_jaxpr(fun, return_shape=True)(*args)
+    jaxpr = closed.jaxpr
+    invars = [*jaxpr.constvars, *jaxpr.invars]
+    return rebuild(jaxpr, invars=invars), list(closed.consts), out
+
+
+def rebuild(
+    jaxpr: Jaxpr,
+    *,
+    invars: Sequence[Var] | None = None,
+    outvars: Sequence[Var | Literal] | None = None,
+    eqns: Sequence[JaxprEqn] | None = None,
+) -> Jaxpr:
+    """Return `jaxpr`, without constants, with the given parts replaced."""
+    return Jaxpr(
+        (),
+        list(jaxpr.invars if invars is None else invars),
+        list(jaxpr.outvars if outvars is None else outvars),
+        list(jaxpr.eqns if eqns is None else eqns),
+        jaxpr.effects,
+        jaxpr.debug_info.with_unknown_names(),
+    )
+
+
+def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
+    """Run `jaxpr` on `args`, or trace it if they are tracers."""
+    return jax.core.eval_jaxpr(jaxpr, (), *args)
+
+
+def check(jaxpr: Jaxpr) -> None:
+    """Raise if `jaxpr` reads an unbound variable or breaks a type."""
+    core.check_jaxpr(jaxpr)
+
+
+def reads(eqn: JaxprEqn) -> Iterator[Var]:
+    """Yield the variables that `eqn` reads."""
+    return (v for v in eqn.invars if isinstance(v, Var))
+
+
+def read_vars(jaxpr: Jaxpr) -> set[Var]:
+    """Return the variables that an equation or the result of `jaxpr` reads."""
+    results = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    return results.union(*(reads(eqn) for eqn in jaxpr.eqns))
+
+
+def avals(variables: Iterable[Var | Literal]) -> list[jax.ShapeDtypeStruct]:
+    """Return the shapes and dtypes of `variables`, in the form in which functions are traced."""
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+
+
+def dependents(jaxpr: Jaxpr, seeds: Iterable[Var]) -> set[Var]:
+    """Return the variables that depend on `seeds`, themselves included."""
+    found = set(seeds)
+    for eqn in jaxpr.eqns:
+        if not found.isdisjoint(reads(eqn)):
+            found.update(eqn.outvars)
+    return found
+
+
+def backward_slice(
+    jaxpr: Jaxpr, *, invars: Sequence[Var], outvars: Sequence[Var | Literal]
+) -> Jaxpr:
+    """Return the part of `jaxpr` that computes `outvars` from `invars`, in the same order.
+
+    `invars` may be any variables of `jaxpr`; those that are not read stay as unused inputs.
+
+    Raises:
+      ValueError: `outvars` need an input of `jaxpr` that is not among `invars`.
+    """
+    given = set(invars)
+    needed = {v for v in outvars if isinstance(v, Var)} - given
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if any(v in needed for v in eqn.outvars):
+            kept.append(eqn)
+            needed.difference_update(eqn.outvars)
+            needed.update(v for v in reads(eqn) if v not in given)
+    if needed:
+        raise ValueError(f"the slice reads {len(needed)} values that are not among its inputs")
+    return rebuild(jaxpr, invars=invars, outvars=outvars, eqns=kept[::-1])
+
+
+def drop_dead_equations(jaxpr: Jaxpr) -> Jaxpr:
+    """Remove, also inside loops and branches, what no output reads; inputs all stay."""
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return rebuild(live)
+
+
+def call_body(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]] | None:
+    """Return the body and the constants of an equation that only calls it, else None."""
+    key = _CALLS.get(eqn.primitive.name)
+    if key is None:
+        return None
+    body = eqn.params[key]
+    inner = getattr(body, "jaxpr", body)
+    return inner, list(getattr(body, "consts", ()))
+
+
+def inline(jaxpr: Jaxpr) -> tuple[Jaxpr, list[Any]]:
+    """Replace calls by their bodies, at every depth outside of loops, branches and custom rules.
+
+    Returns:
+      The jaxpr, with one more invar in front for each constant that a body closed over, and the
+      values of these constants.
+    """
+    fresh = core.gensym()
+    env: dict[Var, Var | Literal] = {}
+    const_vars: list[Var] = []
+    const_values: list[Any] = []
+    eqns: list[JaxprEqn] = []
+
+    def read(atom: Var | Literal) -> Var | Literal:
+        return env.get(atom, atom) if isinstance(atom, Var) else atom
+
+    def walk(body: Jaxpr, name_stack: Any, rename: bool) -> None:
+        for eqn in body.eqns:
+            info = eqn.source_info
+            if name_stack is not None:
+                info = info.replace(name_stack=name_stack + info.name_stack)
+            call = call_body(eqn)
+            if call is None:
+                if rename:
+                    env.update((v, fresh(v.aval)) for v in eqn.outvars)
+                eqns.append(
+                    eqn.replace(
+                        invars=[read(v) for v in eqn.invars],
+                        outvars=[env.get(v, v) for v in eqn.outvars],
+                        source_info=info,
+                    )
+                )
+                continue
+            inner, consts = call
+            args = [read(v) for v in eqn.invars]
+            for var, value in zip(inner.constvars, consts, strict=True):
+                const_vars.append(fresh(var.aval))
+                const_values.append(value)
+                env[var] = const_vars[-1]
+            # The same body may be called many times: its variables are bound anew each time.
+            env.update(zip(inner.invars, args, strict=True))
+            walk(inner, info.name_stack, True)
+            env.update(zip(eqn.outvars, [read(v) for v in inner.outvars], strict=True))
+
+    walk(jaxpr, None, False)
+    outvars = [read(v) for v in jaxpr.outvars]
+    return rebuild(jaxpr, invars=[*const_vars, *jaxpr.invars], outvars=outvars, eqns=eqns), (
+        const_values
+    )
+
+
+def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+    """Yield the jaxprs inside of `eqn`: bodies of loops, branches, calls."""
+    return iter(core.jaxprs_in_params(eqn.params))
+
+
+def count_primitives(jaxpr: Jaxpr) -> dict[str, int]:
+    """Count the equations of each primitive, those inside of loops and branches included."""
+    counts: dict[str, int] = {}
+    stack = [jaxpr]
+    while stack:
+        for eqn in stack.pop().eqns:
+            counts[eqn.primitive.name] = counts.get(eqn.primitive.name, 0) + 1
+            stack.extend(sub_jaxprs(eqn))
+    return counts
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """Return `file:line (function)` of the user's line that made `eqn`."""
+    from jax._src import source_info_util
+
+    return source_info_util.summarize(eqn.source_info)
+
+
+def is_float(aval: Any) -> bool:
+    """Whether values of this type have a gradient."""
+    return jax.dtypes.issubdtype(aval.dtype, jax.numpy.inexact)
+
+
+def nbytes(avals: Iterable[Any]) -> int:
+    """Return the bytes that values of these types take."""
+    return sum(aval.size * aval.dtype.itemsize for aval in avals)
