@@ -1,0 +1,142 @@
+"""Compiles programs for their devices, each distinct one once, many at a time."""
+
+import collections
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxptis.executor.programs import Aval, ProgramSpec
+from jaxptis.executor.transfer import Transfer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledProgram:
+    """A compiled program, open to inspection."""
+
+    spec: ProgramSpec
+    lowered: Any
+    compiled: Any
+
+    def as_text(self, form: str) -> str:
+        """Return the program as "jaxpr", as "stablehlo", or as "hlo" (what XLA made of it).
+
+        Raises:
+          ValueError: `form` is none of these.
+        """
+        match form:
+            case "jaxpr":
+                return str(self.spec.jaxpr)
+            case "stablehlo":
+                return self.lowered.as_text()
+            case "hlo":
+                return self.compiled.as_text()
+        raise ValueError(f"there is no form {form!r}; use 'jaxpr', 'stablehlo' or 'hlo'")
+
+    def cost_analysis(self) -> dict[str, float]:
+        """Return XLA's counts, among them `flops` and `bytes accessed`."""
+        return self.compiled.cost_analysis()
+
+    def memory_analysis(self) -> Any:
+        """Return XLA's sizes of arguments, results and temporaries, in bytes."""
+        return self.compiled.memory_analysis()
+
+
+def device_mesh(devices: Sequence[Any]) -> Mesh:
+    """Return the mesh of a stage on one device, or of all devices that hold one parameter."""
+    return Mesh(np.array(devices).reshape(-1, 1), ("data", "model"))
+
+
+def replicated(devices: Sequence[Any]) -> NamedSharding:
+    """Return the sharding of an array that each of `devices` holds whole."""
+    return NamedSharding(device_mesh(devices), PartitionSpec())
+
+
+class Compiler:
+    """Compiles for a fixed list of devices and remembers what it has compiled."""
+
+    def __init__(self, devices: Sequence[Any]) -> None:
+        self.devices = tuple(devices)
+        self._programs: dict[tuple[Any, ...], CompiledProgram] = {}
+        self._transfers: dict[tuple[Any, ...], Transfer] = {}
+
+    @property
+    def num_compilations(self) -> int:
+        """How many programs XLA has compiled so far."""
+        programs = {id(p.compiled) for p in self._programs.values()}
+        return len(programs) + sum(t.num_programs for t in self._transfers.values())
+
+    def programs(
+        self, specs: Mapping[str, ProgramSpec], donated: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, CompiledProgram]:
+        """Compile programs, by name; equal ones of one device are compiled once.
+
+        Args:
+          specs: the programs.
+          donated: for each the positions of inputs that XLA may overwrite.
+        """
+        lowered = {name: self._lower(spec, donated[name]) for name, spec in specs.items()}
+        keys = {
+            name: (lowered[name].as_text(), spec.device, donated[name])
+            for name, spec in specs.items()
+        }
+        missing = {key: name for name, key in keys.items() if key not in self._programs}
+        compiled = _in_parallel(lambda name: lowered[name].compile(), missing.values())
+        for (key, name), result in zip(missing.items(), compiled, strict=True):
+            self._programs[key] = CompiledProgram(
+                spec=specs[name], lowered=lowered[name], compiled=result
+            )
+        return {name: self._programs[key] for name, key in keys.items()}
+
+    def transfers(
+        self, wanted: Sequence[tuple[int, int, Aval]]
+    ) -> dict[tuple[int, int, Aval], Transfer]:
+        """Compile transfers: source, target and type of each."""
+        missing = [key for key in dict.fromkeys(wanted) if key not in self._transfers]
+        new = {
+            (source, target, aval): Transfer(self.devices[source], self.devices[target], aval)
+            for source, target, aval in missing
+        }
+        _in_parallel(lambda transfer: transfer.compile(), new.values())
+        self._transfers.update(new)
+        return {key: self._transfers[key] for key in wanted}
+
+    def _lower(self, spec: ProgramSpec, donated: tuple[int, ...]) -> Any:
+        sharding = replicated([self.devices[spec.device]])
+
+        def program(*args: Any) -> list[Any]:
+            return spec.fun(*args)
+
+        program.__name__ = spec.kind
+        mapped = jax.shard_map(
+            program,
+            mesh=sharding.mesh,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        avals = [Aval(a.shape, a.dtype, sharding=sharding) for a in spec.in_avals]
+        return jax.jit(mapped, donate_argnums=donated).lower(*avals)
+
+
+def donations(spec: ProgramSpec, consumed: Sequence[int]) -> tuple[int, ...]:
+    """Return those of the `consumed` inputs whose memory a result of the same type can take."""
+    free = collections.Counter((a.shape, a.dtype) for a in spec.out_avals)
+    donated = []
+    # From the back: sums of gradients stand last, and each has its own result to become.
+    for position in sorted(consumed, reverse=True):
+        aval = spec.in_avals[position]
+        if free[aval.shape, aval.dtype]:
+            free[aval.shape, aval.dtype] -= 1
+            donated.append(position)
+    return tuple(sorted(donated))
+
+
+def _in_parallel(function: Any, items: Any) -> list[Any]:
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return list(pool.map(function, items))
