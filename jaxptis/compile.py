@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from os import PathLike
 from typing import Any
 
@@ -80,7 +80,12 @@ class Pipeline:
 
 
 def compile_pipeline(
-    loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any, options: Options
+    loss_fn: Callable[[Any, Any], Any],
+    params: Any,
+    batch: Any,
+    options: Options,
+    *,
+    previous: Plan | None = None,
 ) -> Pipeline:
     """Plan a loss function and cut it into stages.
 
@@ -89,6 +94,7 @@ def compile_pipeline(
       params: pytree of `jax.ShapeDtypeStruct`.
       batch: pytree of `jax.ShapeDtypeStruct`, the whole batch.
       options: what the user chose.
+      previous: the plan for other shapes, which is kept if the layers are the same.
     """
     leaves = batch_leaves(batch, options)
     microbatch = jax.tree.unflatten(
@@ -102,7 +108,11 @@ def compile_pipeline(
     graph = find_layers(program)
     dump.step("layers", graph.text())
     costs = estimate(count_work(graph), options.cluster.devices[0])
-    plan = make_plan([layer.name for layer in graph.layers], costs, options)
+    layers = tuple(layer.name for layer in graph.layers)
+    if previous is not None and previous.layers == layers:
+        plan = previous
+    else:
+        plan = make_plan(layers, costs, options)
     dump.step("plan", plan.text())
     timeline = simulate(plan, costs)
     dump.step("timeline", timeline.text())
@@ -171,7 +181,7 @@ def make_plan(layers: Sequence[str], costs: Costs, options: Options) -> Plan:
     if isinstance(strategy, str) and strategy in FAMILIES:
         seconds = [cost.forward_s + cost.backward_s for cost in costs.layers]
         edges = balance(seconds, num_devices)
-        stages = [tuple(layers[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        stages = [tuple(layers[a:b]) for a, b in pairwise(edges)]
         rows = schedule(
             strategy, num_devices=num_devices, num_microbatches=options.num_microbatches
         )

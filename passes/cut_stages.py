@@ -1,6 +1,7 @@
 """From layers to stages: each stage becomes a program of its own."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from passes import jaxprs
 from passes.jaxprs import Literal, Var
@@ -44,8 +45,8 @@ def cut_stages(graph: LayerGraph, boundaries: Sequence[int]) -> Stages:
 def _stage_of_values(graph: LayerGraph, boundaries: Sequence[int]) -> dict[Var, int]:
     """Return the stage that computes each activation."""
     eqns = graph.program.jaxpr.eqns
-    made_in = {}
-    for s, (first, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+    made_in: dict[Var, int] = {}
+    for s, (first, stop) in enumerate(pairwise(boundaries)):
         span = slice(graph.layers[first].start, graph.layers[stop - 1].stop)
         for i in graph.activations[span]:
             made_in.update((v, s) for v in eqns[i].outvars)

@@ -40,7 +40,7 @@ class _Joint:
     at_hand: list[Var]  # constants, parameters, batch
     inputs: list[Var]
     cotangents: list[Var]
-    outputs: list[Var | Literal]
+    outputs: list[Var]
     results: list[Var | Literal]
     d_inputs: list[Var | Literal]
     d_params: list[Var | Literal]
@@ -65,10 +65,15 @@ def _differentiate(stages: Stages, index: int) -> StageGradient:
     kept_inputs = tuple(i for i, v in enumerate(joint.inputs) if v in saved)
     kept_outputs = tuple(i for i, v in enumerate(joint.outputs) if v in saved)
     new = [v for v in saved if v not in joint.inputs and v not in joint.outputs]
-    kept = [joint.inputs[i] for i in kept_inputs] + [joint.outputs[i] for i in kept_outputs]
     gradient = jaxprs.backward_slice(
         joint.jaxpr,
-        invars=[*joint.at_hand, *kept, *new, *joint.cotangents],
+        invars=[
+            *joint.at_hand,
+            *(joint.inputs[i] for i in kept_inputs),
+            *(joint.outputs[i] for i in kept_outputs),
+            *new,
+            *joint.cotangents,
+        ],
         outvars=[*joint.d_inputs, *(v for v in joint.d_params if v in after_cotangents)],
     )
     return StageGradient(
@@ -93,7 +98,7 @@ def _differentiate(stages: Stages, index: int) -> StageGradient:
 
 
 def _trace_joint(stage: Stage, stages: Stages, d_outputs: Sequence[Cotangent]) -> _Joint:
-    counts = (len(stage.constants), len(stage.params), len(stage.batch), len(stage.inputs))
+    counts = [len(stage.constants), len(stage.params), len(stage.batch), len(stage.inputs)]
     groups = _split(jaxprs.avals(stage.forward.invars), counts)
     moved = [stages.crossings[c].has_gradient for c in stage.inputs]
     smooth = [stages.crossings[c].has_gradient for c in stage.outputs]
@@ -121,11 +126,11 @@ def _trace_joint(stage: Stage, stages: Stages, d_outputs: Sequence[Cotangent]) -
     jaxpr, inlined = jaxprs.inline(jaxpr)
     jaxpr = jaxprs.drop_dead_equations(jaxpr)
     constants = (*inlined, *new, *stage.constants)
-    counts = (len(constants), *counts[1:], len(cotangents))
+    counts = [len(constants), *counts[1:], len(cotangents)]
     constant_vars, params, batch, inputs, cotangent_vars = _split(jaxpr.invars, counts)
     outputs, results, d_in, d_params = _split(
         jaxpr.outvars,
-        (len(stage.outputs), len(outs) - len(stage.outputs), len(d_inputs), len(params)),
+        [len(stage.outputs), len(outs) - len(stage.outputs), len(d_inputs), len(params)],
     )
     return _Joint(
         jaxpr=jaxpr,

@@ -94,7 +94,8 @@ def read_vars(jaxpr: Jaxpr) -> set[Var]:
 
 def avals(variables: Iterable[Var | Literal]) -> list[jax.ShapeDtypeStruct]:
     """Return the shapes and dtypes of `variables`, in the form in which functions are traced."""
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+    types: Iterator[Any] = (v.aval for v in variables)
+    return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in types]
 
 
 def dependents(jaxpr: Jaxpr, seeds: Iterable[Var]) -> set[Var]:
@@ -168,15 +169,10 @@ def inline(jaxpr: Jaxpr) -> tuple[Jaxpr, list[Any]]:
                 info = info.replace(name_stack=name_stack + info.name_stack)
             call = call_body(eqn)
             if call is None:
-                if rename:
-                    env.update((v, fresh(v.aval)) for v in eqn.outvars)
-                eqns.append(
-                    eqn.replace(
-                        invars=[read(v) for v in eqn.invars],
-                        outvars=[env.get(v, v) for v in eqn.outvars],
-                        source_info=info,
-                    )
-                )
+                outvars = [fresh(v.aval) for v in eqn.outvars] if rename else eqn.outvars
+                env.update(zip(eqn.outvars, outvars, strict=True))
+                invars = [read(v) for v in eqn.invars]
+                eqns.append(eqn.replace(invars=invars, outvars=outvars, source_info=info))
                 continue
             inner, consts = call
             args = [read(v) for v in eqn.invars]

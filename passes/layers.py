@@ -13,15 +13,18 @@ import collections
 import dataclasses
 import enum
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from passes import jaxprs
-from passes.jaxprs import Jaxpr, JaxprEqn, Var
+from passes.jaxprs import JaxprEqn, Var
 from passes.program import Program
 
 # Reading a parameter in one of these (a bias, the scale of a norm) does not make a layer.
 _LIGHT = frozenset(
-    "add add_any sub mul div max min pow neg select_n convert_element_type broadcast_in_dim "
-    "reshape squeeze expand_dims transpose concatenate".split()
+    """
+    add add_any sub mul div max min pow neg select_n convert_element_type broadcast_in_dim
+    reshape squeeze expand_dims transpose concatenate
+    """.split()  # noqa: SIM905
 )
 
 
@@ -112,12 +115,12 @@ def find_layers(program: Program) -> LayerGraph:
     params = _params_behind(program, origins)
     reads = [
         tuple(sorted({p for eqn in body[a:b] for v in jaxprs.reads(eqn) for p in params[v]}))
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
     ]
     names = _labels(program, reads)
     layers = tuple(
         Layer(name=name, start=a, stop=b, params=read)
-        for name, a, b, read in zip(names, edges, edges[1:], reads, strict=False)
+        for name, (a, b), read in zip(names, pairwise(edges), reads, strict=True)
     )
     return LayerGraph(program=program, activations=activations, layers=layers)
 
@@ -175,9 +178,7 @@ def _waists(
     return found
 
 
-def _live_activations(
-    body: Sequence[JaxprEqn], origins: dict[Var, Origin]
-) -> Iterator[set[Var]]:
+def _live_activations(body: Sequence[JaxprEqn], origins: dict[Var, Origin]) -> Iterator[set[Var]]:
     """Yield the activations that are live after each equation."""
     last_read: dict[Var, int] = {}
     for i, eqn in enumerate(body):
@@ -201,7 +202,7 @@ def _peak(here: int, during: Sequence[int], level: Sequence[int]) -> float:
 
 def _gaps(waists: Sequence[_Waist], heavy: Sequence[int]) -> Iterator[list[_Waist]]:
     """Yield, for each two neighbouring heavy equations, the waists between them."""
-    for a, b in zip(heavy, heavy[1:], strict=False):
+    for a, b in pairwise(heavy):
         yield [w for w in waists if a < w.position <= b]
 
 
@@ -241,7 +242,8 @@ def _labels(program: Program, reads: Sequence[tuple[int, ...]]) -> list[str]:
     for read in reads:
         largest = max((sizes[p] for p in read), default=0)
         main = [paths[p][:-1] or paths[p] for p in read if sizes[p] * 10 >= largest]
-        label = "/".join(_common_prefix(main)) or "layer"
+        ends = ["/".join(path) for path in (*main[:1], *main[-1:])]
+        label = "/".join(_common_prefix(main)) or "..".join(ends) or "layer"
         seen[label] += 1
         labels.append(label if seen[label] == 1 else f"{label}#{seen[label]}")
     return labels

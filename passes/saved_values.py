@@ -19,11 +19,13 @@ from passes.jaxprs import JaxprEqn, Var
 
 # Cheaper to compute again than to keep: they move bytes, or do one operation a byte moved.
 _CHEAP = frozenset(
-    "add add_any sub mul div neg max min abs sign floor ceil round clamp square select_n eq ne lt "
-    "le gt ge and or not xor is_finite stop_gradient convert_element_type bitcast_convert_type "
-    "reduce_precision broadcast_in_dim reshape squeeze expand_dims transpose slice rev iota copy "
-    "copy_p shift_left shift_right_logical shift_right_arithmetic integer_pow "
-    "optimization_barrier".split()
+    """
+    add add_any sub mul div neg max min abs sign floor ceil round clamp square integer_pow
+    select_n eq ne lt le gt ge and or not xor is_finite shift_left shift_right_logical
+    shift_right_arithmetic convert_element_type bitcast_convert_type reduce_precision
+    stop_gradient copy copy_p optimization_barrier
+    broadcast_in_dim reshape squeeze expand_dims transpose slice rev iota
+    """.split()  # noqa: SIM905
 )
 _SOURCE, _SINK = 0, 1
 _UNCUTTABLE = 2**30

@@ -78,7 +78,7 @@ class Stages:
             assert all(s in self.crossings[c].consumers for c in stage.inputs)
             assert all(s == self.crossings[c].producer for c in stage.outputs)
             outs = [self.crossings[c].aval for c in stage.outputs]
-            got = [v.aval for v in stage.forward.outvars[: len(outs)]]
+            got = jaxprs.avals(stage.forward.outvars[: len(outs)])
             assert [(a.shape, a.dtype) for a in outs] == [(a.shape, a.dtype) for a in got]
 
     def text(self) -> str:

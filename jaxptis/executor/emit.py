@@ -54,18 +54,22 @@ def emit_tasks(rows: Rows, plan: Plan, timeline: Timeline, parts: Parts) -> None
 
 
 def activation(crossing: int, microbatch: int) -> str:
+    """The buffer of a crossing."""
     return f"x{crossing}.{microbatch}"
 
 
 def cotangent(d: Cotangent, microbatch: int) -> str:
+    """The buffer of a crossing's gradient, as one consumer sees it."""
     return f"d{d.crossing}.stage{d.consumer}.{microbatch}"
 
 
 def constant(stage: int, index: int) -> str:
+    """The buffer of an array that a stage closes over."""
     return f"stage{stage}.constant{index}"
 
 
 def gradient_sum(param: int, device: int) -> str:
+    """The buffer in which a device sums the gradients of a parameter."""
     return f"sum{param}.device{device}"
 
 
@@ -75,6 +79,7 @@ def result(index: int, microbatch: int | None = None) -> str:
 
 
 def stage_program_name(stage: int, kind: str) -> str:
+    """The program of a stage's tasks of a kind, F or B."""
     return f"stage{stage}.{'forward' if kind == 'F' else 'backward'}"
 
 
@@ -175,4 +180,5 @@ def emit_split(
 
 
 def split_program_name(prefix: str, phase: int, device: int) -> str:
+    """The program of a device in a phase of a split."""
     return f"{prefix}.phase{phase}.device{device}"

@@ -9,6 +9,7 @@ from typing import Any
 from jaxptis.executor.compiled import CompiledProgram, Compiler, donations
 from jaxptis.executor.instructions import Rows, Run, Step, in_one_order
 from jaxptis.executor.programs import Aval, ProgramSpec
+from jaxptis.executor.transfer import Transfer
 
 Buffer = tuple[int, str]  # a device and the name of a buffer there
 
@@ -54,13 +55,13 @@ class Executable:
         kept = {*inputs, *constants}.difference(consumed) | set(outputs)
         held = [{name for d, name in kept if d == device} for device in range(len(rows.rows))]
         steps = in_one_order(rows, held)
-        avals = _avals(steps, specs, inputs, constants)
+        transfers = _typed_transfers(steps, specs, inputs, constants)
         self.programs = compiler.programs(specs, _donated(steps, specs))
-        self.transfers = compiler.transfers(list(avals.transfers.values()))
+        self.transfers = compiler.transfers(list(transfers.values()))
         slots: dict[Buffer, int] = collections.defaultdict(lambda: len(slots))
         self._inputs = [slots[buffer] for buffer in inputs]
         self._ops = [
-            _bind(step, slots, self.programs, self.transfers, avals.transfers.get(i))
+            _bind(step, slots, self.programs, self.transfers, transfers.get(i))
             for i, step in enumerate(steps)
         ]
         self._outputs = [slots[buffer] for buffer in outputs]
@@ -91,19 +92,17 @@ class Executable:
         return [slots[slot] for slot in self._outputs]
 
 
-@dataclass(frozen=True)
-class _Avals:
-    buffers: dict[Buffer, Aval]
-    transfers: dict[int, tuple[int, int, Aval]]  # by the index of the step
-
-
-def _avals(
+def _typed_transfers(
     steps: Sequence[Step],
     specs: Mapping[str, ProgramSpec],
     inputs: Mapping[Buffer, Aval],
     constants: Mapping[Buffer, Any],
-) -> _Avals:
-    """Follow the types of the buffers through the steps, checking them on the way."""
+) -> dict[int, tuple[int, int, Aval]]:
+    """Follow the types of the buffers through the steps, checking those that programs read.
+
+    Returns:
+      For each step that is a transfer its source, target and type.
+    """
     buffers = dict(inputs)
     buffers.update({b: Aval(x.shape, x.dtype) for b, x in constants.items()})
     transfers = {}
@@ -120,16 +119,14 @@ def _avals(
             buffers[instruction.target, instruction.buffer] = aval
             key = Aval(aval.shape, aval.dtype)
             transfers[i] = (step.device, instruction.target, key)
-    return _Avals(buffers, transfers)
+    return transfers
 
 
 def _plain(aval: Aval) -> tuple[Any, ...]:
     return tuple(aval.shape), aval.dtype
 
 
-def _donated(
-    steps: Sequence[Step], specs: Mapping[str, ProgramSpec]
-) -> dict[str, tuple[int, ...]]:
+def _donated(steps: Sequence[Step], specs: Mapping[str, ProgramSpec]) -> dict[str, tuple[int, ...]]:
     """Return the inputs that each program may overwrite: no call's input is read again."""
     consumed: dict[str, set[int]] = {}
     for step in steps:
@@ -144,16 +141,22 @@ def _bind(
     step: Step,
     slots: dict[Buffer, int],
     programs: Mapping[str, CompiledProgram],
-    transfers: Mapping[tuple[int, int, Aval], Any],
+    transfers: Mapping[tuple[int, int, Aval], Transfer],
     key: tuple[int, int, Aval] | None,
 ) -> _Op:
+    """Look up what a step calls (with `key`, the transfer) and the slots it works on."""
     instruction = step.instruction
-    target = step.device if isinstance(instruction, Run) else instruction.target
-    written = instruction.writes if isinstance(instruction, Run) else instruction.reads
-    call = programs[instruction.program].compiled if isinstance(instruction, Run) else None
+    call: Callable[..., Sequence[Any]]
+    if isinstance(instruction, Run):
+        call = programs[instruction.program].compiled
+        written = [(step.device, name) for name in instruction.writes]
+    else:
+        assert key is not None
+        call = transfers[key]
+        written = [(instruction.target, instruction.buffer)]
     return _Op(
-        call=call if key is None else transfers[key],
+        call=call,
         reads=tuple(slots[step.device, name] for name in instruction.reads),
-        writes=tuple(slots[target, name] for name in written),
+        writes=tuple(slots[buffer] for buffer in written),
         frees=tuple(slots[step.device, name] for name in step.frees),
     )

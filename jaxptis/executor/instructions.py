@@ -149,9 +149,10 @@ def in_one_order(rows: Rows, held: Sequence[Container[str]]) -> tuple[Step, ...]
         position[device] += 1
         return True
 
-    while any([advance(device) for device in range(len(rows.rows))]):
+    devices = range(len(rows.rows))
+    while sum(advance(device) for device in devices):
         pass
-    stuck = [f"device {d} at {head(d)}" for d in range(len(rows.rows)) if head(d) is not None]
+    stuck = [f"device {d} at {head(d)}" for d in devices if head(d) is not None]
     if stuck:
         raise ValueError(f"the transfers wait for each other: {'; '.join(stuck)}")
     return tuple(steps)

@@ -102,7 +102,9 @@ class Draft:
                 self.specs[name] = split_program(prefix, program)
         return emit_split(self.rows, split, prefix, inputs=inputs)
 
-    def constants_of_split(self, split: DeviceSplit, names: Sequence[str], values: Sequence[Any]) -> None:
+    def constants_of_split(
+        self, split: DeviceSplit, names: Sequence[str], values: Sequence[Any]
+    ) -> None:
         """Bind the values of the first inputs of a split on the devices that read them."""
         for place, name, value in zip(split.inputs, names, values, strict=False):
             self.constants.update({(device, name): value for device in place.homes})
@@ -191,7 +193,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     params_tree: Any,
 ) -> tuple[Executable, Copies]:
-    """Return a whole step, which consumes parameters and optimizer state, and where the state lives.
+    """Return a whole step, which consumes its parameters and state, and where the state lives.
 
     Parameters, optimizer state and batch in; results, parameters and optimizer state out.
     """
@@ -205,9 +207,7 @@ def train_step(
     ]
 
     def update(sums: Any, params_leaves: Any, state: Any) -> Any:
-        grads = [
-            _total(s, a.dtype) for s, a in zip(sums, params_leaves, strict=True)
-        ]
+        grads = [_total(s, a.dtype) for s, a in zip(sums, params_leaves, strict=True)]
         tree = jax.tree.unflatten(structure, params_leaves)
         updates, state = optimizer.update(jax.tree.unflatten(structure, grads), state, tree)
         return jax.tree.leaves(optax.apply_updates(tree, updates)), state
@@ -271,9 +271,7 @@ def initializer(
     jaxpr = jaxprs.drop_dead_equations(jaxpr)
     constants = [*inlined, *closed_over]
     avals = jax.tree.leaves(list(args))
-    split = split_by_device(
-        jaxpr, input_homes=[None] * len(jaxpr.invars), output_homes=list(homes)
-    )
+    split = split_by_device(jaxpr, input_homes=[None] * len(jaxpr.invars), output_homes=list(homes))
     names = [
         *(f"init.constant{k}" for k in range(len(constants))),
         *(f"argument{i}" for i in range(len(avals))),
@@ -323,7 +321,7 @@ def _draft_gradient(pipeline: Pipeline) -> tuple[Draft, list[Buffer]]:
         _bind_constants(draft, placed.device, s, gradient.constants)
         if gradient.stage.makes_loss:
             # The loss of the step is a mean, so each microbatch's counts for 1/M.
-            dtype = pipeline.stages.program.jaxpr.outvars[LOSS].aval.dtype
+            dtype = jaxprs.avals(pipeline.stages.program.jaxpr.outvars)[LOSS].dtype
             share = np.asarray(1 / plan.num_microbatches, dtype)
             draft.constants[placed.device, "d_loss"] = share
     results = _add_tasks(draft, pipeline, plan, pipeline.timeline, pipeline.gradients)

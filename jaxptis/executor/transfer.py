@@ -1,7 +1,5 @@
 """Transfers between two devices: a `ppermute` over the mesh of the two."""
 
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax

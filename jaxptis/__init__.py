@@ -1,0 +1,10 @@
+"""Pipeline parallelism for JAX: a compiler that finds, balances and schedules the stages."""
+
+from jaxptis.cluster import Cluster, DeviceSpec
+from jaxptis.decorator import pipeline
+from jaxptis.pipelined import Pipelined
+from jaxptis.plan import Plan
+from jaxptis.train_step import TrainState
+from jaxptis.trainer import Trainer
+
+__all__ = ["Cluster", "DeviceSpec", "Pipelined", "Plan", "TrainState", "Trainer", "pipeline"]

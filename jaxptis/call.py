@@ -1,0 +1,139 @@
+"""What is compiled for arguments of given types, and a call with such arguments."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from jaxptis.compile import Pipeline
+from jaxptis.executor import steps
+from jaxptis.executor.compiled import CompiledProgram, Compiler
+from jaxptis.executor.emit import stage_program_name
+from jaxptis.executor.executable import Executable
+from jaxptis.placement import Placement, aval_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledStage:
+    """The compiled programs of a stage, for inspection."""
+
+    layers: tuple[str, ...]
+    device: int
+    forward: CompiledProgram
+    backward: CompiledProgram
+
+
+class Compiled:
+    """A loss function at given shapes: its pipeline, and the steps built so far."""
+
+    def __init__(self, pipeline: Pipeline, compiler: Compiler, params: Any) -> None:
+        self.pipeline = pipeline
+        self._compiler = compiler
+        self._params = params
+        devices = compiler.devices
+        self.params = Placement(pipeline.homes, devices)
+        self.batch = Placement(steps.batch_copies(pipeline).homes, devices)
+        self.owned = Placement([homes[:1] for homes in pipeline.homes], devices)
+        self._steps: dict[Any, Any] = {}
+
+    def evaluation(self) -> Executable:
+        return self._build("evaluation", lambda: steps.evaluation(self.pipeline, self._compiler))
+
+    def gradient_step(self) -> Executable:
+        return self._build("gradient", lambda: self._gradient_step())
+
+    def train_step(
+        self, optimizer: optax.GradientTransformation
+    ) -> tuple[Executable, Placement, tuple[steps.Homes, ...]]:
+        """Return the step, where the optimizer's state lives, and its homes."""
+
+        def build() -> tuple[Executable, Placement, tuple[steps.Homes, ...]]:
+            executable, state = steps.train_step(
+                self.pipeline, self._compiler, optimizer, self._params
+            )
+            self._dump(executable)
+            return executable, Placement(state.homes, self._compiler.devices), state.homes
+
+        return self._build(optimizer, build)
+
+    def stages(self) -> tuple[CompiledStage, ...]:
+        """Return the stages of a step that has a backward."""
+        trained = [s[0] for s in self._steps.values() if isinstance(s, tuple)]
+        programs = (trained[0] if trained else self.gradient_step()).programs
+        return tuple(
+            CompiledStage(
+                layers=stage.layers,
+                device=stage.device,
+                forward=programs[stage_program_name(i, "F")],
+                backward=programs[stage_program_name(i, "B")],
+            )
+            for i, stage in enumerate(self.pipeline.plan.stages)
+        )
+
+    def _gradient_step(self) -> Executable:
+        executable = steps.gradient_step(self.pipeline, self._compiler)
+        self._dump(executable)
+        return executable
+
+    def _build(self, key: Any, build: Callable[[], Any]) -> Any:
+        if key not in self._steps:
+            self._steps[key] = build()
+        return self._steps[key]
+
+    def _dump(self, executable: Executable) -> None:
+        dump = self.pipeline.dump
+        if dump.enabled:
+            dump.step("instructions", executable.rows.text())
+            for i in range(self.pipeline.plan.num_stages):
+                for kind, name in ("F", "forward"), ("B", "backward"):
+                    program = executable.programs[stage_program_name(i, kind)]
+                    dump.file(f"stage{i:02d}.{name}.hlo", program.as_text("hlo"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of a call, and what is compiled for their types.
+
+    Attributes:
+      compiled: the steps for these types.
+      structure: of the parameters.
+      params: the leaves of the parameters.
+      batch: the leaves of the batch.
+    """
+
+    compiled: Compiled
+    structure: Any
+    params: list[Any]
+    batch: list[Any]
+
+    @property
+    def has_aux(self) -> bool:
+        return self.compiled.pipeline.options.has_aux
+
+    def params_buffers(self) -> list[Any]:
+        """Return the copies of the parameters, put in place where they are not."""
+        return self.compiled.params.buffers(self.compiled.params.put(self.params))
+
+    def batch_buffers(self) -> list[Any]:
+        """Return the copies of the batch, put in place where they are not."""
+        return self.compiled.batch.buffers(self.compiled.batch.put(self.batch))
+
+    def split(self, outs: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """Return, of a step's outputs, what the loss function returns, and those behind it."""
+        pipeline = self.compiled.pipeline
+        count = len(pipeline.result_axes)
+        loss, *aux = outs[:count]
+        value = (loss, jax.tree.unflatten(jax.tree.structure(pipeline.aux), aux))
+        return value if self.has_aux else loss, list(outs[count:])
+
+
+def make_on_devices(
+    compiler: Compiler, fun: Callable[..., Any], args: Sequence[Any], homes: Sequence[steps.Homes]
+) -> list[Any]:
+    """Return the leaves of `fun(*args)`, each computed on its homes: copy by copy."""
+    types = jax.tree.map(aval_of, list(args))
+    executable, needed = steps.initializer(compiler, fun, types, homes)
+    placement = Placement(needed, compiler.devices)
+    return executable(placement.buffers(placement.put(jax.tree.leaves(list(args)))))

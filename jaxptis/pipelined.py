@@ -1,0 +1,141 @@
+"""A loss function as a pipeline: gradients, evaluation and training steps."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from jaxptis.call import Call, Compiled, CompiledStage
+from jaxptis.compile import Options, compile_pipeline
+from jaxptis.executor.compiled import Compiler
+from jaxptis.flax_models import nnx_loss, split_nnx
+from jaxptis.performance import Timeline
+from jaxptis.placement import aval_of
+from jaxptis.plan import Plan
+from jaxptis.train_step import TrainStep
+
+
+class Pipelined:
+    """A loss function that runs as a pipeline; `jaxptis.pipeline` makes it.
+
+    It is planned and compiled when it is first called, and again for every other shape of the
+    batch, with the same plan where that still fits.
+    """
+
+    def __init__(self, loss_fn: Callable[[Any, Any], Any], options: Callable[[], Options]) -> None:
+        """Wrap `loss_fn`; `options` is asked for at the first call."""
+        self._loss_fn = loss_fn
+        self._make_options = options
+        self._compiled: dict[Any, Compiled] = {}
+        self._latest: Compiled | None = None
+
+    def value_and_grad(self, params: Any, batch: Any) -> tuple[Any, Any]:
+        """Return what `jax.value_and_grad(loss_fn, has_aux=has_aux)(params, batch)` returns.
+
+        Args:
+          params: a pytree of float arrays, or an nnx model (its `nnx.Param`s are then the
+            parameters, and the gradients an `nnx.State`).
+          batch: a pytree of arrays.
+
+        Returns:
+          The loss, or (loss, aux), and the gradients, each on the device that owns its parameter.
+        """
+        call = self._call(params, batch)
+        executable = call.compiled.gradient_step()
+        outs = executable([*call.params_buffers(), *call.batch_buffers()])
+        value, grads = call.split(outs)
+        grads = call.compiled.owned.arrays(grads)
+        return value, jax.tree.unflatten(call.structure, grads)
+
+    def evaluate(self, params: Any, batch: Any) -> Any:
+        """Return what `loss_fn(params, batch)` returns, by the forward alone."""
+        call = self._call(params, batch)
+        outs = call.compiled.evaluation()([*call.params_buffers(), *call.batch_buffers()])
+        return call.split(outs)[0]
+
+    def train_step(self, optimizer: optax.GradientTransformation) -> TrainStep:
+        """Return a training step with an optimizer, which may mix all parameters."""
+        return TrainStep(self, optimizer)
+
+    def compile(self, params: Any, batch: Any) -> "Pipelined":
+        """Plan and compile the gradient for arguments of these types, and return this object."""
+        self._call(params, batch).compiled.gradient_step()
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        """Partition, placement and schedule of the shapes used last."""
+        return self._used().pipeline.plan
+
+    @property
+    def timeline(self) -> Timeline:
+        """The predicted step, for the shapes used last."""
+        return self._used().pipeline.timeline
+
+    @property
+    def stages(self) -> tuple[CompiledStage, ...]:
+        """The compiled stages, for the shapes used last."""
+        return self._used().stages()
+
+    @property
+    def num_compilations(self) -> int:
+        """How many programs were compiled to run, for all shapes and steps so far."""
+        return self.compiler.num_compilations
+
+    @functools.cached_property
+    def options(self) -> Options:
+        """What the user chose; devices are looked up at the first call, not before."""
+        return self._make_options()
+
+    @functools.cached_property
+    def compiler(self) -> Compiler:
+        """What compiles for the devices, and remembers it."""
+        return Compiler(self.options.devices)
+
+    def _used(self) -> Compiled:
+        if self._latest is None:
+            raise ValueError("nothing is planned before the shapes are known; call compile first")
+        return self._latest
+
+    def _call(self, params: Any, batch: Any) -> Call:
+        graphdef = None
+        if isinstance(params, nnx.Module):
+            graphdef, params, rest = split_nnx(params)
+            batch = (rest, batch)
+        return self.bind(graphdef, params, batch)
+
+    def bind(self, graphdef: Any, params: Any, batch: Any) -> Call:
+        """Return a call with these arguments, compiling for their types if they are new.
+
+        Args:
+          graphdef: the structure of an nnx model, or None.
+          params: its parameters, or any pytree of float arrays.
+          batch: the batch; for an nnx model a pair of its other variables and the batch.
+        """
+        leaves, structure = jax.tree.flatten(params)
+        batch_leaves, batch_structure = jax.tree.flatten(batch)
+        types = [(leaf.shape, leaf.dtype) for leaf in map(aval_of, [*leaves, *batch_leaves])]
+        key = (graphdef, structure, batch_structure, tuple(types))
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(graphdef, params, batch)
+        self._latest = self._compiled[key]
+        return Call(self._latest, structure, leaves, batch_leaves)
+
+    def _compile(self, graphdef: Any, params: Any, batch: Any) -> Compiled:
+        options, loss_fn = self.options, self._loss_fn
+        if graphdef is not None:
+            loss_fn = nnx_loss(graphdef, loss_fn)
+            options = dataclasses.replace(options, batch_axes=(None, options.batch_axes))
+        params = jax.tree.map(aval_of, params)
+        pipeline = compile_pipeline(
+            loss_fn,
+            params,
+            jax.tree.map(aval_of, batch),
+            options,
+            previous=None if self._latest is None else self._latest.pipeline.plan,
+        )
+        return Compiled(pipeline, self.compiler, params)

@@ -1,0 +1,146 @@
+"""A whole training step: gradients, and the optimizer's update where each parameter lives."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import optax
+from flax import nnx
+
+from jaxptis.call import Call, make_on_devices
+from jaxptis.executor.compiled import Compiler
+from jaxptis.executor.executable import Executable
+from jaxptis.flax_models import split_nnx
+
+
+class Bindable(Protocol):
+    """What a training step needs of `jaxptis.pipelined.Pipelined`."""
+
+    @property
+    def compiler(self) -> Compiler: ...
+
+    def bind(self, graphdef: Any, params: Any, batch: Any) -> Call: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a training step maps to the next; a pytree.
+
+    Attributes:
+      step: how many steps were taken.
+      params: the parameters, each leaf on the devices of the stages that read it.
+      opt_state: the optimizer's state, each leaf beside its parameter.
+      model_state: what an nnx model holds beside its parameters; None for other models.
+      graphdef: the structure of an nnx model; None for other models.
+    """
+
+    step: int
+    params: Any
+    opt_state: Any
+    model_state: Any = None
+    graphdef: Any = None
+
+
+jax.tree_util.register_dataclass(
+    TrainState,
+    data_fields=["step", "params", "opt_state", "model_state"],
+    meta_fields=["graphdef"],
+)
+
+
+class TrainStep:
+    """A whole training step: gradients, and the optimizer's update where each parameter lives."""
+
+    def __init__(self, pipelined: Bindable, optimizer: optax.GradientTransformation) -> None:
+        self._pipelined = pipelined
+        self._optimizer = optimizer
+        self._executable: Executable | None = None
+
+    def init(self, params: Any, batch: Any) -> TrainState:
+        """Return the first state, with copies of `params`; compiles the step.
+
+        Args:
+          params: as in `Pipelined.value_and_grad`.
+          batch: a batch, or the types of its leaves.
+        """
+        graphdef = model_state = None
+        if isinstance(params, nnx.Module):
+            graphdef, params, model_state = split_nnx(params)
+        call = self._call(graphdef, params, model_state, batch)
+        leaves = call.compiled.params.put(call.params, copy=True)
+        params = jax.tree.unflatten(call.structure, leaves)
+        return self.start(graphdef, params, model_state, batch)
+
+    def start(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> TrainState:
+        """Return the first state around parameters that it may consume, already in place."""
+        call = self._call(graphdef, params, model_state, batch)
+        _, state, homes = call.compiled.train_step(self._optimizer)
+        buffers = make_on_devices(self._pipelined.compiler, self._optimizer.init, [params], homes)
+        structure = jax.tree.structure(jax.eval_shape(self._optimizer.init, params))
+        return TrainState(
+            step=0,
+            params=params,
+            opt_state=jax.tree.unflatten(structure, state.arrays(buffers)),
+            model_state=model_state,
+            graphdef=graphdef,
+        )
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """Take a step.
+
+        Args:
+          state: consumed: its arrays become those of the next state.
+          batch: a pytree of arrays.
+
+        Returns:
+          The next state, and the metrics: "loss", and "aux" if the loss function has it.
+        """
+        call = self._call(state.graphdef, state.params, state.model_state, batch)
+        executable, placement, _ = call.compiled.train_step(self._optimizer)
+        self._executable = executable
+        old, structure = jax.tree.flatten(state.opt_state)
+        opt_buffers = placement.buffers(placement.put(old))
+        outs = executable([*call.params_buffers(), *opt_buffers, *call.batch_buffers()])
+        value, outs = call.split(outs)
+        num_params = len(outs) - len(opt_buffers)
+        params = call.compiled.params.arrays(outs[:num_params])
+        opt_state = placement.arrays(outs[num_params:])
+        new = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=jax.tree.unflatten(call.structure, params),
+            opt_state=jax.tree.unflatten(structure, opt_state),
+        )
+        return new, _metrics(value, call.has_aux)
+
+    def evaluate(self, state: TrainState, batch: Any) -> dict[str, Any]:
+        """Return the metrics of a batch, by the forward alone."""
+        call = self._call(state.graphdef, state.params, state.model_state, batch)
+        outs = call.compiled.evaluation()([*call.params_buffers(), *call.batch_buffers()])
+        return _metrics(call.split(outs)[0], call.has_aux)
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks in a step, of the shapes stepped last."""
+        return self._stepped().num_tasks
+
+    @property
+    def host_s_per_task(self) -> float:
+        """Seconds the host took to issue a task, transfers and update included, on average."""
+        executable = self._stepped()
+        return executable.host_s / (executable.num_calls * executable.num_tasks)
+
+    def _stepped(self) -> Executable:
+        if self._executable is None:
+            raise ValueError("no step was taken yet; call step first")
+        return self._executable
+
+    def _call(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> Call:
+        if graphdef is not None:
+            batch = (model_state, batch)
+        return self._pipelined.bind(graphdef, params, batch)
+
+
+def _metrics(value: Any, has_aux: bool) -> dict[str, Any]:
+    """Name what a loss function returns."""
+    return {"loss": value[0], "aux": value[1]} if has_aux else {"loss": value}

@@ -1,0 +1,99 @@
+"""A Flax model, its loss and its optimizer as a pipeline that trains."""
+
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from jaxptis.call import CompiledStage, make_on_devices
+from jaxptis.flax_models import Recipe
+from jaxptis.performance import Timeline
+from jaxptis.pipelined import Pipelined
+from jaxptis.plan import Plan
+from jaxptis.train_step import TrainState, TrainStep
+
+
+class Trainer:
+    """Trains a model; the `trainer` of a decorated Flax module makes it."""
+
+    def __init__(
+        self,
+        pipelined: Pipelined,
+        optimizer: optax.GradientTransformation,
+        model: Recipe | nnx.Module,
+    ) -> None:
+        """Take a recipe that makes the model's parameters, or an nnx model that has them."""
+        self._pipelined = pipelined
+        self._step = TrainStep(pipelined, optimizer)
+        self._model = model
+
+    def init(self, key: jax.Array | None, batch: Any) -> TrainState:
+        """Plan and compile for batches like `batch`, and return the first state.
+
+        Every parameter, and its part of the optimizer's state, is made on its own devices.
+
+        Args:
+          key: a JAX random key; None for a trainer of an nnx model, which has its parameters.
+          batch: a pytree of arrays.
+
+        Raises:
+          ValueError: the key is missing, or the model has parameters already.
+        """
+        if isinstance(self._model, nnx.Module):
+            if key is not None:
+                raise ValueError(
+                    "this trainer was made from a model that has its parameters; call "
+                    "init(None, batch), or make the trainer from the class to draw new ones"
+                )
+            return self._step.init(self._model, batch)
+        if key is None:
+            raise ValueError("the parameters are drawn with a key; call init(key, batch)")
+        recipe = self._model
+        types = jax.eval_shape(recipe.params, key, batch)
+        graphdef, model_state = recipe.rest(key)
+        call = self._pipelined.bind(
+            graphdef, types, batch if graphdef is None else (model_state, batch)
+        )
+        homes = call.compiled.pipeline.homes
+        buffers = make_on_devices(self._pipelined.compiler, recipe.params, [key, batch], homes)
+        params = jax.tree.unflatten(call.structure, call.compiled.params.arrays(buffers))
+        return self._step.start(graphdef, params, model_state, batch)
+
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """Take a step, consuming `state`; returns the next and the metrics, "loss" and "aux"."""
+        return self._step(state, batch)
+
+    def evaluate(self, state: TrainState, batch: Any) -> dict[str, Any]:
+        """Return the metrics of a batch, by the forward alone."""
+        return self._step.evaluate(state, batch)
+
+    @property
+    def plan(self) -> Plan:
+        """Partition, placement and schedule."""
+        return self._pipelined.plan
+
+    @property
+    def timeline(self) -> Timeline:
+        """The predicted step."""
+        return self._pipelined.timeline
+
+    @property
+    def stages(self) -> tuple[CompiledStage, ...]:
+        """The compiled stages."""
+        return self._pipelined.stages
+
+    @property
+    def num_compilations(self) -> int:
+        """How many programs were compiled to run so far."""
+        return self._pipelined.num_compilations
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks in a step."""
+        return self._step.num_tasks
+
+    @property
+    def host_s_per_task(self) -> float:
+        """Seconds the host took to issue a task, transfers and update included, on average."""
+        return self._step.host_s_per_task
