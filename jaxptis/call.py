@@ -1,6 +1,7 @@
 """What is compiled for arguments of given types, and a call with such arguments."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,43 +26,55 @@ class CompiledStage:
     backward: CompiledProgram
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training step, and where the optimizer's state lives: on `homes`, put there by `state`."""
+
+    executable: Executable
+    homes: tuple[steps.Homes, ...]
+    state: Placement
+
+
 class Compiled:
     """A loss function at given shapes: its pipeline, and the steps built so far."""
 
     def __init__(self, pipeline: Pipeline, compiler: Compiler, params: Any) -> None:
+        """Take the types of the parameters as a pytree; steps are built when asked for."""
         self.pipeline = pipeline
+        self.params = Placement(pipeline.homes, compiler.devices)
+        self.owned = Placement([homes[:1] for homes in pipeline.homes], compiler.devices)
+        self.batch = Placement(steps.batch_copies(pipeline).homes, compiler.devices)
         self._compiler = compiler
-        self._params = params
-        devices = compiler.devices
-        self.params = Placement(pipeline.homes, devices)
-        self.batch = Placement(steps.batch_copies(pipeline).homes, devices)
-        self.owned = Placement([homes[:1] for homes in pipeline.homes], devices)
-        self._steps: dict[Any, Any] = {}
+        self._param_types = params
+        self._training: dict[optax.GradientTransformation, Training] = {}
 
+    @functools.cached_property
     def evaluation(self) -> Executable:
-        return self._build("evaluation", lambda: steps.evaluation(self.pipeline, self._compiler))
+        """The forward alone."""
+        return steps.evaluation(self.pipeline, self._compiler)
 
+    @functools.cached_property
     def gradient_step(self) -> Executable:
-        return self._build("gradient", lambda: self._gradient_step())
+        """The gradient."""
+        return self._dumped(steps.gradient_step(self.pipeline, self._compiler))
 
-    def train_step(
-        self, optimizer: optax.GradientTransformation
-    ) -> tuple[Executable, Placement, tuple[steps.Homes, ...]]:
-        """Return the step, where the optimizer's state lives, and its homes."""
-
-        def build() -> tuple[Executable, Placement, tuple[steps.Homes, ...]]:
+    def train_step(self, optimizer: optax.GradientTransformation) -> Training:
+        """Return the gradient and the optimizer's update."""
+        if optimizer not in self._training:
             executable, state = steps.train_step(
-                self.pipeline, self._compiler, optimizer, self._params
+                self.pipeline, self._compiler, optimizer, self._param_types
             )
-            self._dump(executable)
-            return executable, Placement(state.homes, self._compiler.devices), state.homes
-
-        return self._build(optimizer, build)
+            self._training[optimizer] = Training(
+                executable=self._dumped(executable),
+                homes=state.homes,
+                state=Placement(state.homes, self._compiler.devices),
+            )
+        return self._training[optimizer]
 
     def stages(self) -> tuple[CompiledStage, ...]:
         """Return the stages of a step that has a backward."""
-        trained = [s[0] for s in self._steps.values() if isinstance(s, tuple)]
-        programs = (trained[0] if trained else self.gradient_step()).programs
+        trained = [training.executable for training in self._training.values()]
+        programs = (trained[0] if trained else self.gradient_step).programs
         return tuple(
             CompiledStage(
                 layers=stage.layers,
@@ -72,17 +85,8 @@ class Compiled:
             for i, stage in enumerate(self.pipeline.plan.stages)
         )
 
-    def _gradient_step(self) -> Executable:
-        executable = steps.gradient_step(self.pipeline, self._compiler)
-        self._dump(executable)
-        return executable
-
-    def _build(self, key: Any, build: Callable[[], Any]) -> Any:
-        if key not in self._steps:
-            self._steps[key] = build()
-        return self._steps[key]
-
-    def _dump(self, executable: Executable) -> None:
+    def _dumped(self, executable: Executable) -> Executable:
+        """Write the instructions and the HLO of the stages, if they are wanted, and return it."""
         dump = self.pipeline.dump
         if dump.enabled:
             dump.step("instructions", executable.rows.text())
@@ -90,6 +94,7 @@ class Compiled:
                 for kind, name in ("F", "forward"), ("B", "backward"):
                     program = executable.programs[stage_program_name(i, kind)]
                     dump.file(f"stage{i:02d}.{name}.hlo", program.as_text("hlo"))
+        return executable
 
 
 @dataclasses.dataclass(frozen=True)

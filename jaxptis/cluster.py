@@ -92,6 +92,7 @@ def _spec(device: _Device) -> DeviceSpec:
     if kind not in DEVICE_SPECS:
         raise ValueError(
             f"device kind {kind!r} is not known, only {', '.join(map(repr, DEVICE_SPECS))}; "
-            "add it to jaxptis/cluster.py's DEVICE_SPECS"
+            "pass pipeline(cluster=Cluster((DeviceSpec(kind=..., flops_per_s=..., "
+            "bytes_per_s=...), ...))), one for each device"
         )
     return DEVICE_SPECS[kind]

@@ -179,6 +179,12 @@ def make_plan(layers: Sequence[str], costs: Costs, options: Options) -> Plan:
     strategy = options.strategy
     num_devices = len(options.devices)
     if isinstance(strategy, str) and strategy in FAMILIES:
+        if num_devices > len(layers):
+            raise ValueError(
+                f"{len(layers)} layers cannot fill {num_devices} stages, one a device; pass "
+                f"{len(layers)} devices or fewer (layers inside one scan, loop or checkpoint "
+                "count as one)"
+            )
         seconds = [cost.forward_s + cost.backward_s for cost in costs.layers]
         edges = balance(seconds, num_devices)
         stages = [tuple(layers[a:b]) for a, b in pairwise(edges)]

@@ -72,13 +72,19 @@ def pipeline(
                 f"{len(chosen)} devices are given, {len(set(chosen))} of them different; give each "
                 "device once, and at least one"
             )
+        known = Cluster.of(chosen) if cluster is None else cluster
+        if len(known.devices) != len(chosen):
+            raise ValueError(
+                f"the cluster describes {len(known.devices)} devices, but the pipeline has "
+                f"{len(chosen)}; describe each device once, in order"
+            )
         return Options(
             num_microbatches=num_microbatches,
             devices=chosen,
             strategy=strategy,
             batch_axes=batch_axes,
             has_aux=has_aux,
-            cluster=Cluster.of(chosen) if cluster is None else cluster,
+            cluster=known,
             dump_to=dump_to,
         )
 

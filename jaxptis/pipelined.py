@@ -45,8 +45,7 @@ class Pipelined:
           The loss, or (loss, aux), and the gradients, each on the device that owns its parameter.
         """
         call = self._call(params, batch)
-        executable = call.compiled.gradient_step()
-        outs = executable([*call.params_buffers(), *call.batch_buffers()])
+        outs = call.compiled.gradient_step([*call.params_buffers(), *call.batch_buffers()])
         value, grads = call.split(outs)
         grads = call.compiled.owned.arrays(grads)
         return value, jax.tree.unflatten(call.structure, grads)
@@ -54,7 +53,7 @@ class Pipelined:
     def evaluate(self, params: Any, batch: Any) -> Any:
         """Return what `loss_fn(params, batch)` returns, by the forward alone."""
         call = self._call(params, batch)
-        outs = call.compiled.evaluation()([*call.params_buffers(), *call.batch_buffers()])
+        outs = call.compiled.evaluation([*call.params_buffers(), *call.batch_buffers()])
         return call.split(outs)[0]
 
     def train_step(self, optimizer: optax.GradientTransformation) -> TrainStep:
@@ -63,7 +62,7 @@ class Pipelined:
 
     def compile(self, params: Any, batch: Any) -> "Pipelined":
         """Plan and compile the gradient for arguments of these types, and return this object."""
-        self._call(params, batch).compiled.gradient_step()
+        self._call(params, batch).compiled.stages()
         return self
 
     @property

@@ -74,13 +74,15 @@ class TrainStep:
     def start(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> TrainState:
         """Return the first state around parameters that it may consume, already in place."""
         call = self._call(graphdef, params, model_state, batch)
-        _, state, homes = call.compiled.train_step(self._optimizer)
-        buffers = make_on_devices(self._pipelined.compiler, self._optimizer.init, [params], homes)
+        training = call.compiled.train_step(self._optimizer)
+        buffers = make_on_devices(
+            self._pipelined.compiler, self._optimizer.init, [params], training.homes
+        )
         structure = jax.tree.structure(jax.eval_shape(self._optimizer.init, params))
         return TrainState(
             step=0,
             params=params,
-            opt_state=jax.tree.unflatten(structure, state.arrays(buffers)),
+            opt_state=jax.tree.unflatten(structure, training.state.arrays(buffers)),
             model_state=model_state,
             graphdef=graphdef,
         )
@@ -96,15 +98,15 @@ class TrainStep:
           The next state, and the metrics: "loss", and "aux" if the loss function has it.
         """
         call = self._call(state.graphdef, state.params, state.model_state, batch)
-        executable, placement, _ = call.compiled.train_step(self._optimizer)
-        self._executable = executable
+        training = call.compiled.train_step(self._optimizer)
+        self._executable = training.executable
         old, structure = jax.tree.flatten(state.opt_state)
-        opt_buffers = placement.buffers(placement.put(old))
-        outs = executable([*call.params_buffers(), *opt_buffers, *call.batch_buffers()])
+        opt_buffers = training.state.buffers(training.state.put(old))
+        outs = training.executable([*call.params_buffers(), *opt_buffers, *call.batch_buffers()])
         value, outs = call.split(outs)
         num_params = len(outs) - len(opt_buffers)
         params = call.compiled.params.arrays(outs[:num_params])
-        opt_state = placement.arrays(outs[num_params:])
+        opt_state = training.state.arrays(outs[num_params:])
         new = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -116,7 +118,7 @@ class TrainStep:
     def evaluate(self, state: TrainState, batch: Any) -> dict[str, Any]:
         """Return the metrics of a batch, by the forward alone."""
         call = self._call(state.graphdef, state.params, state.model_state, batch)
-        outs = call.compiled.evaluation()([*call.params_buffers(), *call.batch_buffers()])
+        outs = call.compiled.evaluation([*call.params_buffers(), *call.batch_buffers()])
         return _metrics(call.split(outs)[0], call.has_aux)
 
     @property

@@ -86,11 +86,16 @@ class Compiler:
             for name, spec in specs.items()
         }
         missing = {key: name for name, key in keys.items() if key not in self._programs}
-        compiled = _in_parallel(lambda name: lowered[name].compile(), missing.values())
-        for (key, name), result in zip(missing.items(), compiled, strict=True):
-            self._programs[key] = CompiledProgram(
-                spec=specs[name], lowered=lowered[name], compiled=result
-            )
+        first = {text: (text, *rest) for text, *rest in reversed(missing)}
+        # Programs that differ in their device only come second: where the backend's programs are
+        # not bound to a device (GPU), JAX's compilation cache has them by then.
+        for wave in (first.values(), missing.keys() - set(first.values())):
+            names = [missing[key] for key in wave]
+            compiled = _in_parallel(lambda name: lowered[name].compile(), names)
+            for key, name, result in zip(wave, names, compiled, strict=True):
+                self._programs[key] = CompiledProgram(
+                    spec=specs[name], lowered=lowered[name], compiled=result
+                )
         return {name: self._programs[key] for name, key in keys.items()}
 
     def transfers(
