@@ -203,9 +203,9 @@ def make_plan(layers: Sequence[str], costs: Costs, options: Options) -> Plan:
 def _load_plan(strategy: str | PathLike[str]) -> Plan:
     try:
         return Plan.load(strategy)
-    except FileNotFoundError as error:
+    except (OSError, TypeError) as error:
         raise ValueError(
-            f"strategy {str(strategy)!r} is neither a schedule ({', '.join(FAMILIES)}) nor the "
+            f"strategy {strategy!r} is neither a schedule ({', '.join(FAMILIES)}) nor the "
             "path of a plan file; change it, or write the file with plan.save(path)"
         ) from error
 

@@ -107,7 +107,7 @@ def pipeline(
 def _subclass(cls: type, **members: Any) -> type:
     """Return a class like `cls`, of the same name, with more members."""
     for name in members:
-        if hasattr(cls, name):
+        if hasattr(cls, name) or name in getattr(cls, "__dataclass_fields__", ()):
             raise ValueError(
                 f"{cls.__name__} has an attribute {name!r}, which pipeline would hide; rename it"
             )

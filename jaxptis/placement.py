@@ -26,26 +26,18 @@ class Placement:
             replicated([devices[h] for h in places]) if places else None for places in homes
         ]
 
-    def put(self, leaves: Sequence[Any], *, copy: bool = False) -> list[Any]:
-        """Return the leaves as arrays on their homes; None for a leaf without one.
-
-        Args:
-          leaves: arrays, anywhere.
-          copy: make new arrays also where a leaf is in place already.
-        """
+    def put(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the leaves as arrays on their homes; None for a leaf without one."""
         moved = list(leaves)
         wrong = []
         for i, (leaf, sharding) in enumerate(zip(leaves, self._shardings, strict=True)):
             if sharding is None:
                 moved[i] = None
-            elif copy or not isinstance(leaf, jax.Array) or leaf.sharding != sharding:
+            elif not isinstance(leaf, jax.Array) or leaf.sharding != sharding:
                 wrong.append(i)
         if wrong:
-            arrays = jax.device_put(
-                [leaves[i] for i in wrong],
-                [self._shardings[i] for i in wrong],
-                may_alias=False if copy else None,
-            )
+            targets = [self._shardings[i] for i in wrong]
+            arrays = jax.device_put([leaves[i] for i in wrong], targets)
             for i, array in zip(wrong, arrays, strict=True):
                 moved[i] = array
         return moved

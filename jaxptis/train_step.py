@@ -67,8 +67,10 @@ class TrainStep:
         if isinstance(params, nnx.Module):
             graphdef, params, model_state = split_nnx(params)
         call = self._call(graphdef, params, model_state, batch)
-        leaves = call.compiled.params.put(call.params, copy=True)
-        params = jax.tree.unflatten(call.structure, leaves)
+        copies = make_on_devices(
+            self._pipelined.compiler, lambda x: x, [call.params], call.compiled.pipeline.homes
+        )
+        params = jax.tree.unflatten(call.structure, call.compiled.params.arrays(copies))
         return self.start(graphdef, params, model_state, batch)
 
     def start(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> TrainState:

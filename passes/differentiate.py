@@ -28,7 +28,7 @@ def differentiate(stages: Stages) -> tuple[StageGradient, ...]:
 
 def accumulator_dtype(dtype: Any) -> Any:
     """Return the dtype in which gradients of parameters of `dtype` are summed: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def _trace_joint(stage: Stage, stages: Stages, d_outputs: Sequence[Cotangent]) -
     jaxpr, new, (outs, d_inputs, _) = jaxprs.trace(
         joint, *groups, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cotangents]
     )
-    jaxpr, inlined = jaxprs.inline(jaxpr)
+    jaxpr, inlined = jaxprs.inline(jaxpr, also_rules=True)  # they have been applied by now
     jaxpr = jaxprs.drop_dead_equations(jaxpr)
     constants = (*inlined, *new, *stage.constants)
     counts = [len(constants), *counts[1:], len(cotangents)]

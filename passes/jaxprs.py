@@ -19,7 +19,6 @@ __all__ = [
     "Var",
     "avals",
     "backward_slice",
-    "call_body",
     "check",
     "count_primitives",
     "dependents",
@@ -34,10 +33,13 @@ __all__ = [
     "source_line",
     "sub_jaxprs",
     "trace",
+    "with_own_outputs",
 ]
 
 # Primitives that only call their body, and the parameter that holds it.
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+# Likewise, once nothing is to be differentiated any more.
+_RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 def trace(fun: Callable, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
@@ -130,15 +132,34 @@ def backward_slice(
     return rebuild(jaxpr, invars=invars, outvars=outvars, eqns=kept[::-1])
 
 
+def with_own_outputs(jaxpr: Jaxpr, *, also_inputs: bool) -> Jaxpr:
+    """Return `jaxpr` with no value twice among its results, but copies.
+
+    With `also_inputs`, inputs among the results are copied, too.
+    """
+    taken = set(jaxpr.invars) if also_inputs else set()
+    shared = []
+    for v in jaxpr.outvars:
+        shared.append(v in taken if isinstance(v, Var) else False)
+        taken.update([v] if isinstance(v, Var) else [])
+
+    def fun(*args: Any) -> list[Any]:
+        outs = evaluate(jaxpr, args)
+        return [jax.numpy.copy(x) if again else x for x, again in zip(outs, shared, strict=True)]
+
+    return inline(trace(fun, *avals(jaxpr.invars))[0])[0] if any(shared) else jaxpr
+
+
 def drop_dead_equations(jaxpr: Jaxpr) -> Jaxpr:
     """Remove, also inside loops and branches, what no output reads; inputs all stay."""
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     return rebuild(live)
 
 
-def call_body(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]] | None:
+def _call_body(eqn: JaxprEqn, *, also_rules: bool) -> tuple[Jaxpr, list[Any]] | None:
     """Return the body and the constants of an equation that only calls it, else None."""
-    key = _CALLS.get(eqn.primitive.name)
+    name = eqn.primitive.name
+    key = _CALLS.get(name) or (_RULES.get(name) if also_rules else None)
     if key is None:
         return None
     body = eqn.params[key]
@@ -146,8 +167,10 @@ def call_body(eqn: JaxprEqn) -> tuple[Jaxpr, list[Any]] | None:
     return inner, list(getattr(body, "consts", ()))
 
 
-def inline(jaxpr: Jaxpr) -> tuple[Jaxpr, list[Any]]:
+def inline(jaxpr: Jaxpr, *, also_rules: bool = False) -> tuple[Jaxpr, list[Any]]:
     """Replace calls by their bodies, at every depth outside of loops, branches and custom rules.
+
+    With `also_rules`, functions with custom derivative rules count as calls: the rules are lost.
 
     Returns:
       The jaxpr, with one more invar in front for each constant that a body closed over, and the
@@ -167,7 +190,7 @@ def inline(jaxpr: Jaxpr) -> tuple[Jaxpr, list[Any]]:
             info = eqn.source_info
             if name_stack is not None:
                 info = info.replace(name_stack=name_stack + info.name_stack)
-            call = call_body(eqn)
+            call = _call_body(eqn, also_rules=also_rules)
             if call is None:
                 outvars = [fresh(v.aval) for v in eqn.outvars] if rename else eqn.outvars
                 env.update(zip(eqn.outvars, outvars, strict=True))

@@ -12,8 +12,8 @@ label.
 import collections
 import dataclasses
 import enum
+import itertools
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from passes import jaxprs
 from passes.jaxprs import JaxprEqn, Var
@@ -115,12 +115,12 @@ def find_layers(program: Program) -> LayerGraph:
     params = _params_behind(program, origins)
     reads = [
         tuple(sorted({p for eqn in body[a:b] for v in jaxprs.reads(eqn) for p in params[v]}))
-        for a, b in pairwise(edges)
+        for a, b in itertools.pairwise(edges)
     ]
     names = _labels(program, reads)
     layers = tuple(
         Layer(name=name, start=a, stop=b, params=read)
-        for name, (a, b), read in zip(names, pairwise(edges), reads, strict=True)
+        for name, (a, b), read in zip(names, itertools.pairwise(edges), reads, strict=True)
     )
     return LayerGraph(program=program, activations=activations, layers=layers)
 
@@ -155,7 +155,7 @@ def _waists(
 
     It is narrow where a single activation is live. It is also narrow, with several live (an
     auxiliary loss that is carried along, an encoder's output), where on both sides the live bytes
-    triple before they fall as low again: within a block, where queries, keys and values stand
+    triple before they fall lower: within a block, where queries, keys and values stand
     beside the residual stream, they do not.
     """
     lives = list(_live_activations(body, origins))
@@ -191,18 +191,18 @@ def _live_activations(body: Sequence[JaxprEqn], origins: dict[Var, Origin]) -> I
 
 
 def _peak(here: int, during: Sequence[int], level: Sequence[int]) -> float:
-    """Return the most bytes live before the level falls to `here` again; the end is a wall."""
+    """Return the most bytes live before the level falls below `here`; the end is a wall."""
     peak = 0
     for high, low in zip(during, level, strict=False):
         peak = max(peak, high)
-        if low <= here:
+        if low < here:
             return peak
     return float("inf")
 
 
 def _gaps(waists: Sequence[_Waist], heavy: Sequence[int]) -> Iterator[list[_Waist]]:
     """Yield, for each two neighbouring heavy equations, the waists between them."""
-    for a, b in pairwise(heavy):
+    for a, b in itertools.pairwise(heavy):
         yield [w for w in waists if a < w.position <= b]
 
 
@@ -237,15 +237,14 @@ def _labels(program: Program, reads: Sequence[tuple[int, ...]]) -> list[str]:
     """Name each layer after what its large parameters have in common."""
     sizes = [jaxprs.nbytes([v.aval]) for v in program.param_vars]
     paths = [path.split("/") for path in program.params]
-    seen: collections.Counter[str] = collections.Counter()
-    labels = []
+    labels: list[str] = []
     for read in reads:
         largest = max((sizes[p] for p in read), default=0)
         main = [paths[p][:-1] or paths[p] for p in read if sizes[p] * 10 >= largest]
         ends = ["/".join(path) for path in (*main[:1], *main[-1:])]
         label = "/".join(_common_prefix(main)) or "..".join(ends) or "layer"
-        seen[label] += 1
-        labels.append(label if seen[label] == 1 else f"{label}#{seen[label]}")
+        numbered = (f"{label}#{n}" for n in itertools.count(2))
+        labels.append(next(x for x in itertools.chain([label], numbered) if x not in labels))
     return labels
 
 

@@ -154,6 +154,8 @@ def results_program(
 
     def fun(*args: Any) -> list[Any]:
         groups = [args[a:b] for a, b in pairwise(edges)]
+        if num_microbatches == 1:
+            return [group[0] for group in groups]
         return [
             jnp.mean(jnp.stack(group), axis=0) if axis is None else jnp.concatenate(group, axis)
             for group, axis in zip(groups, axes, strict=True)

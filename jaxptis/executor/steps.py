@@ -214,7 +214,8 @@ def train_step(
 
     jaxpr, closed_over, _ = jaxprs.trace(update, per_home, list(params.avals), state_tree)
     jaxpr, inlined = jaxprs.inline(jaxpr)
-    jaxpr = jaxprs.drop_dead_equations(jaxpr)
+    # The state is overwritten in the next step, so no two leaves may share an array.
+    jaxpr = jaxprs.with_own_outputs(jaxprs.drop_dead_equations(jaxpr), also_inputs=False)
     constants = [*inlined, *closed_over]
     state_avals = tuple(jax.tree.leaves(state_tree))
     sums = _sum_names(params)
@@ -254,7 +255,7 @@ def train_step(
 def initializer(
     compiler: Compiler, fun: Callable[..., Any], args: Sequence[Any], homes: Sequence[Homes]
 ) -> tuple[Executable, tuple[Homes, ...]]:
-    """Return a program that makes each leaf of `fun(*args)` on its own devices.
+    """Return a program that makes each leaf of `fun(*args)`, an array of its own, on its devices.
 
     Args:
       compiler: for the devices.
@@ -268,7 +269,7 @@ def initializer(
     """
     jaxpr, closed_over, _ = jaxprs.trace(fun, *args)
     jaxpr, inlined = jaxprs.inline(jaxpr)
-    jaxpr = jaxprs.drop_dead_equations(jaxpr)
+    jaxpr = jaxprs.with_own_outputs(jaxprs.drop_dead_equations(jaxpr), also_inputs=True)
     constants = [*inlined, *closed_over]
     avals = jax.tree.leaves(list(args))
     split = split_by_device(jaxpr, input_homes=[None] * len(jaxpr.invars), output_homes=list(homes))

@@ -1,0 +1,254 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from passes import jaxprs
+from passes.layers import Origin, find_layers, find_origins
+from tests.passes.on_host import layers_of, program_of
+from tests.passes.small_models import MODELS, array, case, mlp, norm, tokens
+
+WIDTH, HIDDEN, VOCAB = 8, 32, 16
+
+
+def names(graph):
+    return [layer.name for layer in graph.layers]
+
+
+def params(graph):
+    return [{graph.program.params[p] for p in layer.params} for layer in graph.layers]
+
+
+def primitives(graph):
+    eqns = [graph.program.jaxpr.eqns[i].primitive.name for i in graph.activations]
+    return [eqns[layer.start : layer.stop] for layer in graph.layers]
+
+
+def block(seed):
+    return {
+        "scale": 1 + array(WIDTH, seed=seed),
+        "up": array(WIDTH, HIDDEN, seed=seed + 1),
+        "bias": array(HIDDEN, seed=seed + 2),
+        "down": array(HIDDEN, WIDTH, seed=seed + 3),
+    }
+
+
+def language_model(num_blocks=3):
+    """Parameters of an embedding, blocks and a head."""
+    return {
+        "embedding": array(VOCAB, WIDTH),
+        "blocks": [block(10 * i) for i in range(num_blocks)],
+        "head": array(WIDTH, VOCAB),
+    }
+
+
+def cross_entropy(logits, ids):
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1).mean()
+
+
+def residual_loss(p, ids):
+    x = p["embedding"][ids]
+    for block in p["blocks"]:
+        x = x + mlp(block, x)
+    return cross_entropy(x @ p["head"], ids)
+
+
+def test_residual_blocks():
+    graph = layers_of(residual_loss, language_model(), tokens())
+    assert names(graph) == ["embedding", "blocks/0", "blocks/1", "blocks/2", "head"]
+    for layer, read in zip(graph.layers[1:-1], params(graph)[1:-1], strict=True):
+        assert read == {f"{layer.name}/{key}" for key in ("scale", "up", "bias", "down")}
+    assert {len(p) for p in primitives(graph)[1:-1]} == {len(primitives(graph)[1])}
+
+
+@pytest.mark.parametrize("widths", [(9, 8, 7, 6, 5), (5, 5, 5, 5), (4, 6, 5, 7)])
+def test_a_chain_keeps_bias_and_activation_with_their_matmul(widths):
+    shapes = list(itertools.pairwise(widths))
+    p = {f"layer{i}": {"bias": array(b), "kernel": array(a, b)} for i, (a, b) in enumerate(shapes)}
+
+    def loss(p, x):
+        for layer in p.values():
+            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+        return (x**2).mean()
+
+    graph = layers_of(loss, p, array(2, widths[0]))
+    assert names(graph) == list(p)
+    for layer in primitives(graph)[:-1]:
+        assert layer == ["dot_general", "add", "custom_jvp_call"]
+    assert primitives(graph)[-1][:3] == ["dot_general", "add", "custom_jvp_call"]
+    assert params(graph) == [{f"{name}/bias", f"{name}/kernel"} for name in p]
+
+
+def test_a_norm_goes_with_the_matmul_behind_it():
+    def loss(p, ids):
+        x = p["embedding"][ids]
+        for block in p["blocks"]:
+            x = norm(x + jnp.tanh(x @ block["up"] + block["bias"]) @ block["down"], block["scale"])
+        return cross_entropy(x @ p["head"], ids)
+
+    graph = layers_of(loss, language_model(2), tokens())
+    assert params(graph) == [
+        {"embedding"},
+        {"blocks/0/up", "blocks/0/bias", "blocks/0/down"},
+        {"blocks/0/scale", "blocks/1/up", "blocks/1/bias", "blocks/1/down"},
+        {"blocks/1/scale", "head"},
+    ]
+
+
+def test_attention_and_mlp_are_layers_of_their_own():
+    graph = case("llama2").graph
+    blocks = [f"layers_{i}/{part}" for i in range(2) for part in ("attention", "mlp")]
+    assert names(graph) == ["embed", *blocks, "head"]
+    for layer, read in zip(graph.layers[1:-1], params(graph)[1:-1], strict=True):
+        assert read == {p for p in graph.program.params if p.startswith(f"{layer.name}/")}
+    assert params(graph)[-1] == {"norm/scale", "head/kernel"}
+
+
+def test_an_auxiliary_loss_is_carried_along():
+    def loss(p, ids):
+        x, extra = p["embedding"][ids], jnp.float32(0)
+        for block in p["blocks"]:
+            y = mlp(block, x)
+            extra = extra + jnp.mean(y**2)
+            x = x + y
+        return cross_entropy(x @ p["head"], ids) + extra
+
+    p = {**language_model(), "head": array(WIDTH, 4 * VOCAB)}
+    graph = layers_of(loss, p, tokens())
+    assert names(graph) == ["embedding", "blocks/0", "blocks/1", "blocks/2", "head"]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 4), (1, 4), (1, 3), (0, 2)])
+def test_a_skip_over_several_blocks(start, stop):
+    def loss(p, ids):
+        x = skip = p["embedding"][ids]
+        for i, block in enumerate(p["blocks"]):
+            skip = x if i <= start else skip
+            x = x + mlp(block, x)
+            x = x + skip if i == stop - 1 else x
+        return cross_entropy(x @ p["head"], ids)
+
+    graph = layers_of(loss, language_model(4), tokens())
+    assert names(graph) == ["embedding", *(f"blocks/{i}" for i in range(4)), "head"]
+
+
+def test_layers_that_read_the_same_parameter_have_different_names():
+    def loss(p, ids):
+        x = p["embedding"][ids]
+        for _ in range(2):
+            x = x + mlp(p["block"], x)
+        return cross_entropy(x @ p["embedding"].T, ids)
+
+    graph = layers_of(loss, {"embedding": array(VOCAB, WIDTH), "block": block(0)}, tokens())
+    assert names(graph) == ["embedding", "block", "block#2", "embedding#2"]
+
+
+def test_names_that_look_numbered_do_not_clash():
+    def loss(p, x):
+        for name in ("a", "a", "a#2"):
+            x = jnp.tanh(x @ p[name])
+        return x.sum()
+
+    graph = layers_of(loss, {"a": array(4, 4), "a#2": array(4, 4)}, array(2, 4))
+    assert len(set(names(graph))) == 3
+
+
+def test_a_model_under_one_jit_has_the_same_layers():
+    p, ids = language_model(), tokens()
+    plain = layers_of(residual_loss, p, ids)
+    jitted = layers_of(jax.jit(residual_loss), p, ids)
+    assert jitted.text() == plain.text()
+    assert primitives(jitted) == primitives(plain)
+
+
+def test_an_nnx_model():
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+            self.up = nnx.Linear(WIDTH, HIDDEN, rngs=rngs)
+            self.down = nnx.Linear(HIDDEN, WIDTH, rngs=rngs)
+
+        def __call__(self, x):
+            return x + self.down(nnx.gelu(self.up(self.norm(x))))
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+            self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+            self.head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
+
+        def __call__(self, ids):
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
+
+    def loss(state, ids):
+        return cross_entropy(nnx.merge(graphdef, state)(ids), ids)
+
+    graph = layers_of(loss, state, tokens())
+    assert names(graph) == ["embed/embedding", "blocks/0", "blocks/1", "head"]
+
+
+def test_a_scan_over_blocks_is_one_layer():
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(block(10 * i) for i in range(3)))
+
+    def loss(p, ids):
+        x = p["embedding"][ids]
+        x, _ = jax.lax.scan(lambda x, block: (x + mlp(block, x), None), x, p["blocks"])
+        return cross_entropy(x @ p["head"], ids)
+
+    graph = layers_of(loss, {**language_model(), "blocks": stacked}, tokens())
+    assert names(graph) == ["embedding", "blocks", "head"]
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda p, x: (x @ p["dense"]["kernel"]).sum(),
+        lambda p, x: (x * p["dense"]["bias"]).sum(),  # light: no layer by itself
+        lambda p, x: jnp.sin(x.sum() + p["dense"]["bias"].sum()),
+    ],
+)
+def test_a_single_layer(loss_fn):
+    graph = layers_of(loss_fn, {"dense": {"kernel": array(4, 4), "bias": array(4)}}, array(2, 4))
+    assert names(graph) == ["dense"]
+    assert graph.layers[0].stop == len(graph.activations)
+
+
+@pytest.mark.parametrize(
+    "loss_fn", [lambda p, x: x.sum(), lambda p, x: p.sum(), lambda p, x: jnp.float32(1)]
+)
+def test_a_loss_without_activations_is_refused(loss_fn):
+    program = program_of(loss_fn, array(4), array(4))
+    with pytest.raises(ValueError, match="does not depend on both the parameters and the batch"):
+        find_layers(program)
+
+
+def test_origins():
+    def loss(p, batch):
+        weight, mask, table = jnp.tanh(p), batch > 0, jnp.arange(4.0)
+        return jnp.sum(jnp.where(mask, weight, 0) * jnp.sin(table)), (weight, mask, table)
+
+    program = program_of(loss, array(4), array(4), has_aux=True)
+    origins = find_origins(program)
+    expected = [Origin.PARAMS | Origin.BATCH, Origin.PARAMS, Origin.BATCH, Origin.NOTHING]
+    assert [origins[v] for v in program.jaxpr.outvars] == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_cover_the_activations(name):
+    graph = case(name).graph
+    assert len(graph.layers) >= 4
+    assert graph.layers[0].start == 0
+    for layer, following in itertools.pairwise(graph.layers):
+        assert layer.start < layer.stop == following.start
+    assert graph.layers[-1].stop == len(graph.activations)
+    read = {v for v in graph.program.param_vars if v in jaxprs.read_vars(graph.program.jaxpr)}
+    held = {p for layer in graph.layers for p in layer.params}
+    assert held == {p for p, v in enumerate(graph.program.param_vars) if v in read}
+    assert len(graph.text().splitlines()) == len(graph.layers)

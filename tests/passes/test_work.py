@@ -1,0 +1,83 @@
+import itertools
+
+import jax
+import pytest
+
+from passes.work import count_work
+from tests.passes.on_host import layers_of
+from tests.passes.small_models import array, mlp, tokens
+
+
+def chain(widths, size):
+    """Return the layers of a chain of matmuls, x @ w0 @ w1 ..., on a batch of `size`."""
+    params = {f"w{i}": array(a, b) for i, (a, b) in enumerate(itertools.pairwise(widths))}
+
+    def loss(p, x):
+        for w in p.values():
+            x = x @ w
+        return x.sum()
+
+    return layers_of(loss, params, array(size, widths[0]))
+
+
+def test_the_work_of_matmuls():
+    size, widths = 6, (5, 7, 11, 13, 3)
+    work = count_work(chain(widths, size))
+    assert [w.name for w in work] == ["w0", "w1", "w2", "w3"]
+    for index, (a, b) in enumerate(itertools.pairwise(widths)):
+        matmul = 2 * size * a * b
+        is_first, is_last = index == 0, index == len(work) - 1
+        # The sum of the loss: one addition less than its terms, and XLA starts from zero.
+        in_loss = size * b if is_last else 0
+        assert work[index].forward.flops - matmul in ((in_loss - 1, in_loss) if is_last else (0,))
+        # The gradients of parameters and, but for the first layer, inputs; each is added to a sum.
+        assert work[index].backward.flops == (1 if is_first else 2) * matmul + a * b
+
+
+def test_bytes_of_matmuls():
+    size, widths = 6, (5, 7, 11, 13, 3)
+    _, second, *_ = count_work(chain(widths, size))
+    operands = 4 * (size * 7 + 7 * 11 + size * 11)
+    assert second.forward.bytes_accessed == operands
+    assert second.backward.bytes_accessed >= 2 * operands - 4 * size * 11
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """A list that grows by one entry a compilation."""
+    compiled = []
+    original = jax.stages.Lowered.compile
+
+    def count(lowered, *args, **kwargs):
+        compiled.append(lowered)
+        return original(lowered, *args, **kwargs)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", count)
+    return compiled
+
+
+def transformer(num_blocks):
+    block = {"scale": array(8), "up": array(8, 32), "bias": array(32), "down": array(32, 8)}
+    params = {"embedding": array(16, 8), "blocks": [block] * num_blocks, "head": array(8, 16)}
+
+    def loss(p, ids):
+        x = p["embedding"][ids]
+        for block in p["blocks"]:
+            x = x + mlp(block, x)
+        return jax.nn.logsumexp(x @ p["head"])
+
+    return layers_of(loss, params, tokens())
+
+
+def test_equal_layers_are_compiled_once(compilations):
+    work = count_work(transformer(5))
+    assert len(work) == 7
+    # Embedding, block, head: a forward and a backward of each.
+    assert len(compilations) == 6
+    assert len({w.forward for w in work[1:-1]}) == 1
+    assert len({w.backward for w in work[1:-1]}) == 1
+
+
+def test_layers_of_other_widths_are_not_equal(compilations):
+    count_work(chain((4, 4, 5, 5, 4), 2))
+    assert len(compilations) == 8
