@@ -24,6 +24,7 @@ __all__ = [
     "dependents",
     "drop_dead_equations",
     "evaluate",
+    "has_shardings",
     "inline",
     "is_float",
     "nbytes",
@@ -178,7 +179,7 @@ def inline(jaxpr: Jaxpr, *, also_rules: bool = False) -> tuple[Jaxpr, list[Any]]
     """
     fresh = core.gensym()
     env: dict[Var, Var | Literal] = {}
-    const_vars: list[Var] = []
+    const_vars: dict[int, Var] = {}  # by the id of the value, which may be closed over many times
     const_values: list[Any] = []
     eqns: list[JaxprEqn] = []
 
@@ -200,9 +201,10 @@ def inline(jaxpr: Jaxpr, *, also_rules: bool = False) -> tuple[Jaxpr, list[Any]]
             inner, consts = call
             args = [read(v) for v in eqn.invars]
             for var, value in zip(inner.constvars, consts, strict=True):
-                const_vars.append(fresh(var.aval))
-                const_values.append(value)
-                env[var] = const_vars[-1]
+                if id(value) not in const_vars:
+                    const_vars[id(value)] = fresh(var.aval)
+                    const_values.append(value)
+                env[var] = const_vars[id(value)]
             # The same body may be called many times: its variables are bound anew each time.
             env.update(zip(inner.invars, args, strict=True))
             walk(inner, info.name_stack, True)
@@ -210,14 +212,21 @@ def inline(jaxpr: Jaxpr, *, also_rules: bool = False) -> tuple[Jaxpr, list[Any]]
 
     walk(jaxpr, None, False)
     outvars = [read(v) for v in jaxpr.outvars]
-    return rebuild(jaxpr, invars=[*const_vars, *jaxpr.invars], outvars=outvars, eqns=eqns), (
-        const_values
-    )
+    return rebuild(
+        jaxpr, invars=[*const_vars.values(), *jaxpr.invars], outvars=outvars, eqns=eqns
+    ), (const_values)
 
 
 def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
     """Yield the jaxprs inside of `eqn`: bodies of loops, branches, calls."""
     return iter(core.jaxprs_in_params(eqn.params))
+
+
+def has_shardings(eqn: JaxprEqn) -> bool:
+    """Whether `eqn` is a jit that was given shardings of its arguments or results."""
+    keys = ("in_shardings", "out_shardings")
+    given = [each for key in keys for each in eqn.params.get(key, ())]
+    return eqn.primitive.name in _CALLS and any(isinstance(s, jax.sharding.Sharding) for s in given)
 
 
 def count_primitives(jaxpr: Jaxpr) -> dict[str, int]:

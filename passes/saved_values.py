@@ -64,6 +64,8 @@ def choose_saved(
     unit = math.ceil((sum(costs.values()) + 1) / (_UNCUTTABLE // 2))
     edges += [(n, n + 1, max(1, costs[v] // unit)) for v, n in node.items()]
     edges += [(node[v] + 1, _SINK, _UNCUTTABLE) for v in wanted if v not in free]
+    if not edges:
+        return []
     reaches_sink = _behind_the_cut(edges, 2 + 2 * len(node))
     return [v for v, n in node.items() if n + 1 in reaches_sink and n not in reaches_sink]
 

@@ -10,7 +10,7 @@ from passes.jaxprs import Jaxpr, JaxprEqn
 from passes.program import Program
 
 # Primitives bound to a mesh or a device of the user's own, which a stage does not have.
-_BOUND_TO_DEVICES = ("shard_map", "xla_pmap", "sharding_constraint")
+_BOUND_TO_DEVICES = ("shard_map", "xla_pmap", "sharding_constraint", "reshard", "mesh_cast")
 
 
 def trace(
@@ -97,7 +97,7 @@ def _check_equations(jaxpr: Jaxpr) -> None:
                 "the value with has_aux=True"
             )
         placed = name == "device_put" and any(d is not None for d in eqn.params["devices"])
-        if placed or name in _BOUND_TO_DEVICES:
+        if placed or name in _BOUND_TO_DEVICES or jaxprs.has_shardings(eqn):
             raise ValueError(
                 f"{name} at {jaxprs.source_line(eqn)} binds a value to devices of its own, so it "
                 "cannot be cut into stages; remove it, jaxptis places every value itself"
