@@ -22,7 +22,7 @@ def block_params(seed):
     }
 
 
-def make_params(num_blocks=4):
+def make_params(num_blocks=2):
     """Return the parameters of `num_blocks` + 2 layers: first, blocks/0, blocks/1, ..., head."""
     blocks = [block_params(seed) for seed in range(num_blocks)]
     return {"first": matrix(99, IN, WIDTH), "blocks": blocks, "head": matrix(100, WIDTH, OUT)}

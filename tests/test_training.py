@@ -201,7 +201,7 @@ def test_parameter_of_three_stages():
         stages=tuple(StagePlan(layers=names, device=i) for i, names in enumerate(layers)),
         schedule=schedule("1f1b", num_devices=4, num_microbatches=4),
     )
-    params = make_params() | {"shared": normal(7, HIDDEN)}
+    params = make_params(4) | {"shared": normal(7, HIDDEN)}
     pipelined = make_pipelined(shared_loss, strategy=plan)
     state = train(pipelined, shared_loss, OPTIMIZERS["clipped"], params)
     check_shared(state, "shared", devices_of(plan, "blocks/0", "blocks/1", "blocks/3"), 3)
@@ -315,7 +315,7 @@ class Linen(linen.Module):
     @linen.compact
     def __call__(self, x):
         x = linen.Dense(self.width)(x)
-        for _ in range(3):
+        for _ in range(2):
             x = x + linen.Dense(self.width)(jnp.tanh(linen.Dense(HIDDEN)(x)))
         return linen.Dense(OUT)(x)
 
@@ -332,7 +332,7 @@ class NnxBlock(nnx.Module):
 class Nnx(nnx.Module):
     def __init__(self, width, *, rngs):
         self.first = nnx.Linear(IN, width, rngs=rngs)
-        self.blocks = nnx.List([NnxBlock(width, rngs) for _ in range(3)])
+        self.blocks = nnx.List([NnxBlock(width, rngs) for _ in range(2)])
         self.head = nnx.Linear(width, OUT, rngs=rngs)
 
     def __call__(self, x):
