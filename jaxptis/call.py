@@ -28,11 +28,12 @@ class CompiledStage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """A training step, and where the optimizer's state lives: on `homes`, put there by `state`."""
+    """A training step, and its optimizer's state: homes, placement, structure as a pytree."""
 
     executable: Executable
     homes: tuple[steps.Homes, ...]
     state: Placement
+    structure: Any
 
 
 class Compiled:
@@ -68,6 +69,7 @@ class Compiled:
                 executable=self._dumped(executable),
                 homes=state.homes,
                 state=Placement(state.homes, self._compiler.devices),
+                structure=jax.tree.structure(jax.eval_shape(optimizer.init, self._param_types)),
             )
         return self._training[optimizer]
 

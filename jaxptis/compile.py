@@ -147,11 +147,13 @@ def batch_leaves(batch: Any, options: Options) -> tuple[BatchLeaf, ...]:
             f"batch_axes {options.batch_axes!r} is no prefix of the batch, which is "
             f"{jax.tree.structure(batch)}; give an int, None, or a tree like the batch"
         ) from error
-    paths = jax.tree_util.tree_leaves_with_path(batch)
+    paths = jax.tree_util.tree_leaves_with_path(batch, is_leaf=lambda x: x is None)
     flat = jax.tree.leaves(axes, is_leaf=lambda x: x is None)
     count = options.num_microbatches
     leaves = []
     for (path, aval), axis in zip(paths, flat, strict=True):
+        if aval is None:  # a batch may leave something out, and None is no leaf then
+            continue
         name = f"batch leaf {jax.tree_util.keystr(path) or '(the whole batch)'}"
         if axis is not None and not -len(aval.shape) <= axis < len(aval.shape):
             raise ValueError(

@@ -78,6 +78,12 @@ def pipeline(
                 f"the cluster describes {len(known.devices)} devices, but the pipeline has "
                 f"{len(chosen)}; describe each device once, in order"
             )
+        if len(set(known.devices)) > 1:
+            raise ValueError(
+                f"the devices differ ({', '.join(sorted({d.kind for d in known.devices}))}), but "
+                "layers are balanced for equal ones; choose equal devices, or pass a cluster "
+                "that describes them alike"
+            )
         return Options(
             num_microbatches=num_microbatches,
             devices=chosen,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,16 +22,19 @@ from jaxptis.train_step import TrainStep
 class Pipelined:
     """A loss function that runs as a pipeline; `jaxptis.pipeline` makes it.
 
-    It is planned and compiled when it is first called, and again for every other shape of the
-    batch, with the same plan where that still fits.
+    It is planned and compiled when it is first called, under JAX's configuration at that time, and
+    again for every other shape of the batch, with the same plan where that still fits. What it
+    shows of itself is the last gradient or training step.
     """
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any], options: Callable[[], Options]) -> None:
         """Wrap `loss_fn`; `options` is asked for at the first call."""
         self._loss_fn = loss_fn
         self._make_options = options
-        self._compiled: dict[Any, Compiled] = {}
-        self._latest: Compiled | None = None
+        # A structure of an nnx model need not be hashable, so it is compared.
+        self._compiled: dict[Any, list[tuple[Any, Compiled]]] = {}
+        self._plans: dict[Any, Plan] = {}
+        self.shown: Compiled | None = None
 
     def value_and_grad(self, params: Any, batch: Any) -> tuple[Any, Any]:
         """Return what `jax.value_and_grad(loss_fn, has_aux=has_aux)(params, batch)` returns.
@@ -42,9 +45,11 @@ class Pipelined:
           batch: a pytree of arrays.
 
         Returns:
-          The loss, or (loss, aux), and the gradients, each on the device that owns its parameter.
+          The loss, or (loss, aux), and the gradients, each on the device that owns its parameter;
+          `train_step` feeds them to an optimizer there.
         """
         call = self._call(params, batch)
+        self.shown = call.compiled
         outs = call.compiled.gradient_step([*call.params_buffers(), *call.batch_buffers()])
         value, grads = call.split(outs)
         grads = call.compiled.owned.arrays(grads)
@@ -62,22 +67,23 @@ class Pipelined:
 
     def compile(self, params: Any, batch: Any) -> "Pipelined":
         """Plan and compile the gradient for arguments of these types, and return this object."""
-        self._call(params, batch).compiled.stages()
+        self.shown = self._call(params, batch).compiled
+        self.shown.stages()
         return self
 
     @property
     def plan(self) -> Plan:
-        """Partition, placement and schedule of the shapes used last."""
+        """Partition, placement and schedule of the step used last."""
         return self._used().pipeline.plan
 
     @property
     def timeline(self) -> Timeline:
-        """The predicted step, for the shapes used last."""
+        """The predicted step, of the step used last."""
         return self._used().pipeline.timeline
 
     @property
     def stages(self) -> tuple[CompiledStage, ...]:
-        """The compiled stages, for the shapes used last."""
+        """The compiled stages, of the step used last."""
         return self._used().stages()
 
     @property
@@ -96,9 +102,9 @@ class Pipelined:
         return Compiler(self.options.devices)
 
     def _used(self) -> Compiled:
-        if self._latest is None:
+        if self.shown is None:
             raise ValueError("nothing is planned before the shapes are known; call compile first")
-        return self._latest
+        return self.shown
 
     def _call(self, params: Any, batch: Any) -> Call:
         graphdef = None
@@ -117,14 +123,22 @@ class Pipelined:
         """
         leaves, structure = jax.tree.flatten(params)
         batch_leaves, batch_structure = jax.tree.flatten(batch)
-        types = [(leaf.shape, leaf.dtype) for leaf in map(aval_of, [*leaves, *batch_leaves])]
-        key = (graphdef, structure, batch_structure, tuple(types))
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(graphdef, params, batch)
-        self._latest = self._compiled[key]
-        return Call(self._latest, structure, leaves, batch_leaves)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, *batch_leaves)):
+            raise ValueError(
+                "a pipeline runs compiled programs on several devices, so it cannot be traced "
+                "itself; call it outside of jit, grad, vmap and eval_shape"
+            )
+        model = (structure, _types(leaves))
+        same = self._compiled.setdefault((model, batch_structure, _types(batch_leaves)), [])
+        compiled = next((compiled for known, compiled in same if known == graphdef), None)
+        if compiled is None:
+            compiled = self._compile(graphdef, params, batch, self._plans.get(model))
+            self._plans[model] = compiled.pipeline.plan
+            same.append((graphdef, compiled))
+        self.shown = self.shown or compiled
+        return Call(compiled, structure, leaves, batch_leaves)
 
-    def _compile(self, graphdef: Any, params: Any, batch: Any) -> Compiled:
+    def _compile(self, graphdef: Any, params: Any, batch: Any, previous: Plan | None) -> Compiled:
         options, loss_fn = self.options, self._loss_fn
         if graphdef is not None:
             loss_fn = nnx_loss(graphdef, loss_fn)
@@ -135,6 +149,10 @@ class Pipelined:
             params,
             jax.tree.map(aval_of, batch),
             options,
-            previous=None if self._latest is None else self._latest.pipeline.plan,
+            previous=previous,
         )
         return Compiled(pipeline, self.compiler, params)
+
+
+def _types(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple((aval.shape, aval.dtype) for aval in map(aval_of, leaves))

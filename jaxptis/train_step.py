@@ -7,7 +7,7 @@ import jax
 import optax
 from flax import nnx
 
-from jaxptis.call import Call, make_on_devices
+from jaxptis.call import Call, Compiled, make_on_devices
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.executable import Executable
 from jaxptis.flax_models import split_nnx
@@ -18,6 +18,8 @@ class Bindable(Protocol):
 
     @property
     def compiler(self) -> Compiler: ...
+
+    shown: Compiled | None
 
     def bind(self, graphdef: Any, params: Any, batch: Any) -> Call: ...
 
@@ -76,15 +78,21 @@ class TrainStep:
     def start(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> TrainState:
         """Return the first state around parameters that it may consume, already in place."""
         call = self._call(graphdef, params, model_state, batch)
+        self._pipelined.shown = call.compiled
         training = call.compiled.train_step(self._optimizer)
+        if graphdef is not None:
+            # Put in place once; what no stage reads stays where it is.
+            leaves, structure = jax.tree.flatten(model_state)
+            placed = call.compiled.batch.put(call.batch)[: len(leaves)]
+            kept = [old if new is None else new for old, new in zip(leaves, placed, strict=True)]
+            model_state = jax.tree.unflatten(structure, kept)
         buffers = make_on_devices(
             self._pipelined.compiler, self._optimizer.init, [params], training.homes
         )
-        structure = jax.tree.structure(jax.eval_shape(self._optimizer.init, params))
         return TrainState(
             step=0,
             params=params,
-            opt_state=jax.tree.unflatten(structure, training.state.arrays(buffers)),
+            opt_state=jax.tree.unflatten(training.structure, training.state.arrays(buffers)),
             model_state=model_state,
             graphdef=graphdef,
         )
@@ -102,7 +110,13 @@ class TrainStep:
         call = self._call(state.graphdef, state.params, state.model_state, batch)
         training = call.compiled.train_step(self._optimizer)
         self._executable = training.executable
+        self._pipelined.shown = call.compiled
         old, structure = jax.tree.flatten(state.opt_state)
+        if structure != training.structure:
+            raise ValueError(
+                f"the state is of another optimizer: its opt_state is {structure}, this step's "
+                f"{training.structure}; use the step that made the state"
+            )
         opt_buffers = training.state.buffers(training.state.put(old))
         outs = training.executable([*call.params_buffers(), *opt_buffers, *call.batch_buffers()])
         value, outs = call.split(outs)
@@ -130,7 +144,10 @@ class TrainStep:
 
     @property
     def host_s_per_task(self) -> float:
-        """Seconds the host took to issue a task, transfers and update included, on average."""
+        """Seconds the host took to issue a task and what belongs to it, on average.
+
+        Transfers and the update are included, placing the batch is not.
+        """
         executable = self._stepped()
         return executable.host_s / (executable.num_calls * executable.num_tasks)
 

@@ -95,5 +95,5 @@ class Trainer:
 
     @property
     def host_s_per_task(self) -> float:
-        """Seconds the host took to issue a task, transfers and update included, on average."""
+        """Seconds the host took to issue a task; see `TrainStep`."""
         return self._step.host_s_per_task

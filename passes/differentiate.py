@@ -5,6 +5,7 @@ forward and gradient together is then sliced in two, at the values that `choose_
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,8 @@ def _differentiate(stages: Stages, index: int) -> StageGradient:
     )
     joint = _trace_joint(stage, stages, d_outputs)
     after_cotangents = jaxprs.dependents(joint.jaxpr, joint.cotangents)
+    # JAX gives a zero gradient as a Literal, or as a value that depends on no cotangent.
+    has_gradient = [isinstance(v, Var) and v in after_cotangents for v in joint.d_params]
     saved = _saved(joint, after_cotangents)
     kept_inputs = tuple(i for i, v in enumerate(joint.inputs) if v in saved)
     kept_outputs = tuple(i for i, v in enumerate(joint.outputs) if v in saved)
@@ -74,7 +77,7 @@ def _differentiate(stages: Stages, index: int) -> StageGradient:
             *new,
             *joint.cotangents,
         ],
-        outvars=[*joint.d_inputs, *(v for v in joint.d_params if v in after_cotangents)],
+        outvars=[*joint.d_inputs, *itertools.compress(joint.d_params, has_gradient)],
     )
     return StageGradient(
         stage=stage,
@@ -87,7 +90,7 @@ def _differentiate(stages: Stages, index: int) -> StageGradient:
             gradient,
             num_d_inputs=len(d_inputs),
             param_avals=[v.aval for v in joint.d_params],
-            has_gradient=[v in after_cotangents for v in joint.d_params],
+            has_gradient=has_gradient,
         ),
         constants=joint.constants,
         kept_inputs=kept_inputs,

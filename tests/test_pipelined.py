@@ -91,7 +91,7 @@ def test_skip_connection_to_the_last_layer(tmp_path):
         return jnp.mean(((x + first) @ params["head"] - batch["y"]) ** 2)
 
     pipelined = make_pipelined(loss, num_devices=4, dump_to=str(tmp_path))
-    check(pipelined, loss, make_params(), make_batch())
+    check(pipelined, loss, make_params(4), make_batch())
     assert re.search(r"stage 0 -> ([12], )*3\n", stages_text(tmp_path))
 
 
@@ -123,11 +123,11 @@ def test_auxiliary_loss_of_a_middle_layer():
         x, extra = batch["x"] @ params["first"], jnp.float32(0)
         for i, p in enumerate(params["blocks"]):
             x = block(p, x)
-            if i == 0:
+            if i == 1:
                 extra = jnp.mean(jnp.abs(x))
         return jnp.mean((x @ params["head"] - batch["y"]) ** 2) + 0.1 * extra
 
-    check(make_pipelined(loss, num_devices=4), loss, make_params(), make_batch())
+    check(make_pipelined(loss, num_devices=4), loss, make_params(4), make_batch())
 
 
 def test_integers_cross_without_a_gradient():
@@ -141,7 +141,7 @@ def test_integers_cross_without_a_gradient():
         chosen = jnp.take_along_axis(x, largest[:, None], axis=-1)
         return jnp.mean((x @ params["head"] - batch["y"] + chosen) ** 2)
 
-    check(make_pipelined(loss, num_devices=4), loss, make_params(), make_batch())
+    check(make_pipelined(loss, num_devices=4), loss, make_params(4), make_batch())
 
 
 def test_closed_over_arrays():
@@ -190,7 +190,7 @@ def loss_with_aux(params, batch):
 
 def test_auxiliary_outputs():
     pipelined = make_pipelined(loss_with_aux, num_devices=4, num_microbatches=4, has_aux=True)
-    params, batch = make_params(), make_batch()
+    params, batch = make_params(4), make_batch()
     (value, aux), grads = pipelined.value_and_grad(params, batch)
     wanted = jax.jit(jax.value_and_grad(loss_with_aux, has_aux=True))(params, batch)
     assert_close(((value, aux), grads), wanted, rtol=RTOL)
