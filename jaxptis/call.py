@@ -11,6 +11,7 @@ import optax
 from jaxptis.compile import Pipeline
 from jaxptis.executor import steps
 from jaxptis.executor.compiled import CompiledProgram, Compiler
+from jaxptis.executor.draft import Homes
 from jaxptis.executor.emit import stage_program_name
 from jaxptis.executor.executable import Executable
 from jaxptis.placement import Placement, aval_of
@@ -31,7 +32,7 @@ class Training:
     """A training step, and its optimizer's state: homes, placement, structure as a pytree."""
 
     executable: Executable
-    homes: tuple[steps.Homes, ...]
+    homes: tuple[Homes, ...]
     state: Placement
     structure: Any
 
@@ -137,7 +138,7 @@ class Call:
 
 
 def make_on_devices(
-    compiler: Compiler, fun: Callable[..., Any], args: Sequence[Any], homes: Sequence[steps.Homes]
+    compiler: Compiler, fun: Callable[..., Any], args: Sequence[Any], homes: Sequence[Homes]
 ) -> list[Any]:
     """Return the leaves of `fun(*args)`, each computed on its homes: copy by copy."""
     types = jax.tree.map(aval_of, list(args))

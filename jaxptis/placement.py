@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxptis.executor.compiled import replicated
-from jaxptis.executor.steps import Homes
+from jaxptis.executor.draft import Homes
 
 
 def aval_of(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -1,7 +1,6 @@
 """The steps that a pipeline can take: gradients, training, evaluation, and making its state."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
@@ -10,39 +9,31 @@ import numpy as np
 import optax
 
 from jaxptis.executor.compiled import Compiler
+from jaxptis.executor.draft import Copies, Draft, Homes
 from jaxptis.executor.emit import (
     Parts,
     constant,
-    emit_split,
     emit_tasks,
     gradient_sum,
     result,
-    split_program_name,
     stage_program_name,
 )
 from jaxptis.executor.executable import Buffer, Executable
-from jaxptis.executor.instructions import Rows
 from jaxptis.executor.programs import (
     INDEX,
-    Aval,
     BatchLeaf,
-    ProgramSpec,
     backward_program,
     needs_index,
     results_program,
-    split_program,
     stage_program,
     zeros_program,
 )
 from jaxptis.performance import Costs, Timeline, simulate
 from jaxptis.plan import Plan
 from passes import jaxprs
-from passes.device_split import DeviceSplit
 from passes.differentiate import accumulator_dtype
 from passes.split_update import Tied, split_by_device
 from passes.stages import LOSS, StageGradient, Stages
-
-Homes = tuple[int, ...]
 
 
 class Pipeline(Protocol):
@@ -64,68 +55,6 @@ class Pipeline(Protocol):
     def result_axes(self) -> tuple[int | None, ...]: ...
     @property
     def homes(self) -> tuple[Homes, ...]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Copies:
-    """The copies of the leaves of a pytree: for each leaf the devices that hold one."""
-
-    homes: tuple[Homes, ...]
-    prefix: str
-    avals: tuple[Aval, ...]
-
-    def buffers(self) -> dict[Buffer, Aval]:
-        """Return the buffers of all copies, leaf by leaf, and their types."""
-        return {
-            (device, f"{self.prefix}{i}"): aval
-            for i, (homes, aval) in enumerate(zip(self.homes, self.avals, strict=True))
-            for device in homes
-        }
-
-
-class Draft:
-    """A step while it is put together: its instructions, programs, inputs and constants."""
-
-    def __init__(self, num_devices: int) -> None:
-        self.rows = Rows(num_devices)
-        self.specs: dict[str, ProgramSpec] = {}
-        self.inputs: dict[Buffer, Aval] = {}
-        self.constants: dict[Buffer, Any] = {}
-
-    def split(
-        self, split: DeviceSplit, prefix: str, inputs: Sequence[str]
-    ) -> list[tuple[str, Homes]]:
-        """Add the phases of a split; returns buffer and homes of each output."""
-        for index, phase in enumerate(split.phases):
-            for program in phase.programs:
-                name = split_program_name(prefix, index, program.device)
-                self.specs[name] = split_program(prefix, program)
-        return emit_split(self.rows, split, prefix, inputs=inputs)
-
-    def constants_of_split(
-        self, split: DeviceSplit, names: Sequence[str], values: Sequence[Any]
-    ) -> None:
-        """Bind the values of the first inputs of a split on the devices that read them."""
-        for place, name, value in zip(split.inputs, names, values, strict=False):
-            self.constants.update({(device, name): value for device in place.homes})
-
-    def executable(
-        self, compiler: Compiler, outputs: Sequence[Buffer], consumed: Sequence[Buffer] = ()
-    ) -> Executable:
-        """Compile the step."""
-        constants = {
-            (device, name): jax.device_put(value, compiler.devices[device])
-            for (device, name), value in self.constants.items()
-        }
-        return Executable(
-            compiler,
-            rows=self.rows,
-            specs=self.specs,
-            inputs=self.inputs,
-            outputs=outputs,
-            constants=constants,
-            consumed=consumed,
-        )
 
 
 def param_copies(pipeline: Pipeline) -> Copies:
