@@ -37,7 +37,11 @@ class Placement:
                 wrong.append(i)
         if wrong:
             targets = [self._shardings[i] for i in wrong]
-            arrays = jax.device_put([leaves[i] for i in wrong], targets)
+            # A NumPy array is copied first: JAX may go on reading it after the call (on CPU for
+            # as long as the array lives), and data loaders fill the same array again.
+            given = [leaves[i] for i in wrong]
+            own = [x if isinstance(x, jax.Array) else np.array(x) for x in given]
+            arrays = jax.device_put(own, targets)
             for i, array in zip(wrong, arrays, strict=True):
                 moved[i] = array
         return moved

@@ -31,7 +31,7 @@ def test_every_spec_is_plausible(spec: DeviceSpec) -> None:
 
 
 def test_unknown_kind_says_what_to_do() -> None:
-    message = "'Abacus' is not known, only 'NVIDIA A100.*'cpu'; add it to .* DEVICE_SPECS"
+    message = "'Abacus' is not known, only 'NVIDIA A100.*'cpu'; pass pipeline\\(cluster="
     with pytest.raises(ValueError, match=message):
         Cluster.of([_Device("gpu", "Abacus")])
 

@@ -62,14 +62,16 @@ def make_pipelined(strategy):
     )
 
 
-def executables(name="adamw", strategy="1f1b"):
+def bind(strategy="1f1b"):
+    """Return what is compiled for the arguments of this file."""
+    return make_pipelined(strategy).bind(None, make_params(), make_batch()).compiled
+
+
+def executables(name="adamw"):
     """Return the training step, the gradient and the evaluation."""
-    compiled = make_pipelined(strategy).bind(None, make_params(), make_batch()).compiled
-    return (
-        compiled.train_step(OPTIMIZERS[name]).executable,
-        compiled.gradient_step,
-        compiled.evaluation,
-    )
+    compiled = bind()
+    training = compiled.train_step(OPTIMIZERS[name]).executable
+    return training, compiled.gradient_step, compiled.evaluation
 
 
 def instructions_of(hlo):
@@ -108,8 +110,7 @@ def sizes(layer):
 
 @pytest.mark.parametrize("strategy", ["1f1b", "gpipe"])
 def test_a_stage_has_its_matmuls_and_no_others(strategy):
-    executables(strategy=strategy)
-    stages = make_pipelined(strategy).stages
+    stages = bind(strategy).stages()
     assert [stage.layers for stage in stages] == [("0",), ("1",), ("2",), ("3",)]
     for i, stage in enumerate(stages):
         assert stage.device == i
@@ -300,15 +301,14 @@ KEPT = {
 
 @pytest.mark.parametrize("strategy", KEPT)
 def test_activations_live_as_long_as_the_schedule_needs_them(strategy):
-    training, gradient, evaluation = executables(strategy=strategy)
+    gradient, evaluation = bind(strategy).gradient_step, bind(strategy).evaluation
     activations = r"(?:x\d+|stage\d+\.saved\d+)\.(\d+)"
     for device in range(4):
-        for executable in training, gradient:
-            kept = kept_microbatches(executable, device, activations)
-            # What is received may come one microbatch before its turn.
-            early = strategy == "1f1b" and device > 0
-            assert KEPT[strategy](device) <= kept <= KEPT[strategy](device) + early
-            assert kept_microbatches(executable, device, r"d\d+\.stage\d+\.(\d+)") <= 2
+        kept = kept_microbatches(gradient, device, activations)
+        # What is received may come one microbatch before its turn.
+        early = strategy == "1f1b" and device > 0
+        assert KEPT[strategy](device) <= kept <= KEPT[strategy](device) + early
+        assert kept_microbatches(gradient, device, r"d\d+\.stage\d+\.(\d+)") <= 2
     # Without a backward nothing is kept: what is made is sent and dropped.
     assert kept_microbatches(evaluation, 0, activations) <= 2
 
