@@ -339,7 +339,7 @@ def test_numpy_inputs():
 
 
 def test_numpy_inputs_may_be_overwritten_after_a_call():
-    """As after a call of a jitted function: a data loader fills the same arrays again."""
+    """A data loader fills the same arrays again. (`jax.jit` itself may still read them, on CPU.)"""
 
     def loss(params, batch):  # both stages read x, so it has two homes
         x = jnp.tanh(batch["x"] @ params["blocks"][0]["up"])
