@@ -12,19 +12,25 @@ from jaxptis.compile import Pipeline
 from jaxptis.executor import steps
 from jaxptis.executor.compiled import CompiledProgram, Compiler
 from jaxptis.executor.draft import Homes
-from jaxptis.executor.emit import stage_program_name
 from jaxptis.executor.executable import Executable
+from jaxptis.executor.stage_tasks import KINDS, stage_program_name
 from jaxptis.placement import Placement, aval_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStage:
-    """The compiled programs of a stage, for inspection."""
+    """The compiled programs of a stage, for inspection.
+
+    The plan says which it has: the whole backward, its two parts, or both for different
+    microbatches. A part that has nothing to do is None, too.
+    """
 
     layers: tuple[str, ...]
     device: int
     forward: CompiledProgram
-    backward: CompiledProgram
+    backward: CompiledProgram | None
+    input_grad: CompiledProgram | None
+    weight_grad: CompiledProgram | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +89,9 @@ class Compiled:
                 layers=stage.layers,
                 device=stage.device,
                 forward=programs[stage_program_name(i, "F")],
-                backward=programs[stage_program_name(i, "B")],
+                backward=programs.get(stage_program_name(i, "B")),
+                input_grad=programs.get(stage_program_name(i, "I")),
+                weight_grad=programs.get(stage_program_name(i, "W")),
             )
             for i, stage in enumerate(self.pipeline.plan.stages)
         )
@@ -93,10 +101,9 @@ class Compiled:
         dump = self.pipeline.dump
         if dump.enabled:
             dump.step("instructions", executable.rows.text())
-            for i in range(self.pipeline.plan.num_stages):
-                for kind, name in ("F", "forward"), ("B", "backward"):
-                    program = executable.programs[stage_program_name(i, kind)]
-                    dump.file(f"stage{i:02d}.{name}.hlo", program.as_text("hlo"))
+            for stage, kind in self.pipeline.programs:
+                program = executable.programs[stage_program_name(stage, kind)]
+                dump.file(f"stage{stage:02d}.{KINDS[kind]}.hlo", program.as_text("hlo"))
         return executable
 
 

@@ -1,7 +1,7 @@
 """The whole journey, from a loss function to the programs of its stages."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from os import PathLike
 from typing import Any
@@ -20,7 +20,8 @@ from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
 from passes.layers import find_layers
 from passes.runner import Dump, run
-from passes.stages import StageGradient, Stages
+from passes.split_backward import split_backward
+from passes.stages import StageGradient, StageProgram, Stages
 from passes.trace import trace
 from passes.work import count_work
 
@@ -50,7 +51,8 @@ class Pipeline:
       costs: predicted seconds of each layer.
       timeline: the predicted step.
       stages: the forward programs and what crosses between them.
-      gradients: the forward and backward programs.
+      gradients: the forward and backward of every stage.
+      programs: by stage and kind of task, what the tasks of the plan run.
       batch: the leaves of the whole batch.
       result_axes: for each result, the axis along which the microbatches' are concatenated, or
         None for their mean. The loss is the first.
@@ -64,6 +66,7 @@ class Pipeline:
     timeline: Timeline
     stages: Stages
     gradients: tuple[StageGradient, ...]
+    programs: Mapping[tuple[int, str], StageProgram]
     batch: tuple[BatchLeaf, ...]
     result_axes: tuple[int | None, ...]
     aux: Any
@@ -118,7 +121,7 @@ def compile_pipeline(
     dump.step("timeline", timeline.text())
     stages = cut_stages(graph, plan.boundaries)
     dump.step("stages", stages.text())
-    gradients = differentiate(stages)
+    gradients = differentiate(stages, recomputed=plan.recomputed)
 
     return Pipeline(
         options=options,
@@ -127,11 +130,25 @@ def compile_pipeline(
         timeline=timeline,
         stages=stages,
         gradients=gradients,
+        programs=_programs(plan, gradients),
         batch=leaves,
         result_axes=(None, *_aux_axes(loss_fn, params, batch, aux, options)),
         aux=aux,
         dump=dump,
     )
+
+
+def _programs(
+    plan: Plan, gradients: Sequence[StageGradient]
+) -> dict[tuple[int, str], StageProgram]:
+    """Return what the tasks of a plan run, by stage and kind; none where there is nothing to do."""
+    kinds = {(task.stage, task.kind) for row in plan.schedule for task in row}
+    programs: dict[tuple[int, str], StageProgram | None] = {}
+    for s, gradient in enumerate(gradients):
+        split = split_backward(gradient.backward)
+        programs[s, "F"], programs[s, "B"] = gradient.forward, gradient.backward
+        programs[s, "I"], programs[s, "W"] = split.input_grad, split.weight_grad
+    return {key: p for key, p in programs.items() if p is not None and key in kinds}
 
 
 def batch_leaves(batch: Any, options: Options) -> tuple[BatchLeaf, ...]:
@@ -230,11 +247,10 @@ def _check_plan(plan: Plan, layers: Sequence[str], options: Options) -> None:
             f"the plan needs {plan.num_devices} devices, but {len(options.devices)} are given; "
             "pass more devices or use another plan"
         )
-    kinds = {task.kind for row in plan.schedule for task in row}
-    if kinds != {"F", "B"}:
+    if all(task.kind == "F" for row in plan.schedule for task in row):
         raise ValueError(
-            f"the plan's tasks are of kinds {', '.join(sorted(kinds))}; training runs plans with "
-            "F and B for every stage and microbatch"
+            "the plan has forwards only; give every stage and microbatch a backward, too: "
+            "B, or I and W"
         )
 
 

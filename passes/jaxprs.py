@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 from jax._src.interpreters import partial_eval
+from jax._src.lax.lax import optimization_barrier_p
 from jax.extend import core
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core.primitives import remat_p
 
 __all__ = [
     "Jaxpr",
@@ -40,7 +42,7 @@ __all__ = [
 # Primitives that only call their body, and the parameter that holds it.
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 # Likewise, once nothing is to be differentiated any more.
-_RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+_RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", remat_p.name: "jaxpr"}
 
 
 def trace(fun: Callable, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
@@ -172,6 +174,8 @@ def inline(jaxpr: Jaxpr, *, also_rules: bool = False) -> tuple[Jaxpr, list[Any]]
     """Replace calls by their bodies, at every depth outside of loops, branches and custom rules.
 
     With `also_rules`, functions with custom derivative rules count as calls: the rules are lost.
+    So does the recomputation of a `jax.checkpoint`; as in JAX, a barrier stands before it, which
+    keeps it from being merged with what was computed before.
 
     Returns:
       The jaxpr, with one more invar in front for each constant that a body closed over, and the
@@ -200,6 +204,18 @@ def inline(jaxpr: Jaxpr, *, also_rules: bool = False) -> tuple[Jaxpr, list[Any]]
                 continue
             inner, consts = call
             args = [read(v) for v in eqn.invars]
+            if eqn.params.get("differentiated") and eqn.params["prevent_cse"]:
+                behind = {v: fresh(v.aval) for v in args if isinstance(v, Var)}
+                eqns.append(
+                    eqn.replace(
+                        primitive=optimization_barrier_p,
+                        params={},
+                        invars=list(behind),
+                        outvars=list(behind.values()),
+                        source_info=info,
+                    )
+                )
+                args = [behind.get(v, v) if isinstance(v, Var) else v for v in args]
             for var, value in zip(inner.constvars, consts, strict=True):
                 if id(value) not in const_vars:
                     const_vars[id(value)] = fresh(var.aval)

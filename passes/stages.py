@@ -1,10 +1,12 @@
 """The IR after the cut: one forward program a stage, and the values that cross between them."""
 
 import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from passes import jaxprs
-from passes.jaxprs import Jaxpr
+from passes.jaxprs import Jaxpr, Literal, Var
 from passes.program import Program
 
 LOSS = 0  # among the results of a program; the leaves of the auxiliary output follow
@@ -55,6 +57,22 @@ class Stage:
     def makes_loss(self) -> bool:
         return LOSS in self.results
 
+    def program(self) -> "StageProgram":
+        """Return the forward with the roles of its inputs and results."""
+        return StageProgram(
+            jaxpr=self.forward,
+            reads=(
+                *(Operand(Role.CONSTANT, k) for k in range(len(self.constants))),
+                *(Operand(Role.PARAM, p) for p in self.params),
+                *(Operand(Role.BATCH, i) for i in self.batch),
+                *(Operand(Role.CROSSING, c) for c in self.inputs),
+            ),
+            writes=(
+                *(Operand(Role.CROSSING, c) for c in self.outputs),
+                *(Operand(Role.RESULT, r) for r in self.results),
+            ),
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stages:
@@ -93,12 +111,60 @@ class Stages:
         return "\n".join([*lines, ""])
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cotangent:
-    """The gradient of a crossing, as one of its consumers sees it."""
+class Role(enum.Enum):
+    """What a program of a stage reads or writes; the index says which."""
 
-    crossing: int
-    consumer: int
+    CONSTANT = enum.auto()  # of the stage's gradient, or of the stage
+    PARAM = enum.auto()  # of the whole program
+    BATCH = enum.auto()  # of the whole program
+    CROSSING = enum.auto()
+    RESULT = enum.auto()  # LOSS, then the leaves of the auxiliary output
+    SAVED = enum.auto()  # from the forward to the backward
+    COTANGENT = enum.auto()  # of a crossing, as one of its consumers sees it
+    D_LOSS = enum.auto()
+    KEPT = enum.auto()  # from the input gradient to the weight gradient
+    SUM = enum.auto()  # of the gradients of a parameter so far
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A value that a program of a stage reads or writes; `consumer` only for a cotangent."""
+
+    role: Role
+    index: int = 0
+    consumer: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageProgram:
+    """A jaxpr, what its inputs are, and what its results are."""
+
+    jaxpr: Jaxpr
+    reads: tuple[Operand, ...]
+    writes: tuple[Operand, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.reads) == len(self.jaxpr.invars), self.reads
+        assert len(self.writes) == len(self.jaxpr.outvars), self.writes
+
+    def avals_of(self, role: Role) -> list[Any]:
+        """Return the types of what is written in a role."""
+        written = zip(self.writes, jaxprs.avals(self.jaxpr.outvars), strict=True)
+        return [aval for operand, aval in written if operand.role == role]
+
+
+def slice_program(
+    jaxpr: Jaxpr, available: Mapping[Var, Operand], wanted: Sequence[tuple[Operand, Var | Literal]]
+) -> StageProgram:
+    """Return the part of `jaxpr` that computes `wanted`, with those inputs that it reads."""
+    body = jaxprs.backward_slice(jaxpr, invars=list(available), outvars=[v for _, v in wanted])
+    live = jaxprs.read_vars(body)
+    reads = {v: operand for v, operand in available.items() if v in live}
+    return StageProgram(
+        jaxpr=jaxprs.rebuild(body, invars=list(reads)),
+        reads=tuple(reads.values()),
+        writes=tuple(operand for operand, _ in wanted),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,27 +173,13 @@ class StageGradient:
 
     Attributes:
       stage: what was differentiated.
-      forward: (constants, params, batch, inputs) -> (outputs, results, saved).
-      backward: (constants, params, batch, kept inputs, kept outputs, saved, d_outputs, [d_loss],
-        accumulated) -> (d_inputs, accumulated); d_loss only where the stage makes the loss. The
-        gradients of the parameters are added to `accumulated`, one array a parameter of the stage.
       constants: those of the stage and any that differentiation added.
-      kept_inputs: positions, in `stage.inputs`, of those that the backward reads.
-      kept_outputs: positions, in `stage.outputs`, of those that the backward reads.
-      d_outputs: the cotangents that the backward takes, in order.
-      d_inputs: the cotangents that it returns, in order.
+      forward: writes outputs, results and saved values.
+      backward: writes the cotangents of the inputs, and the sums of the gradients so far with
+        those of this microbatch added; a parameter without a gradient has none.
     """
 
     stage: Stage
-    forward: Jaxpr
-    backward: Jaxpr
     constants: tuple[Any, ...]
-    kept_inputs: tuple[int, ...]
-    kept_outputs: tuple[int, ...]
-    d_outputs: tuple[Cotangent, ...]
-    d_inputs: tuple[Cotangent, ...]
-
-    @property
-    def num_saved(self) -> int:
-        visible = len(self.stage.outputs) + len(self.stage.results)
-        return len(self.forward.outvars) - visible
+    forward: StageProgram
+    backward: StageProgram

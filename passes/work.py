@@ -1,4 +1,4 @@
-"""The work of each layer, as XLA counts it in the compiled forward and backward of that layer."""
+"""The work of each layer, as XLA counts it in the compiled programs of that layer."""
 
 import dataclasses
 
@@ -7,8 +7,9 @@ import jax
 from passes import jaxprs
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
-from passes.jaxprs import Jaxpr
 from passes.layers import LayerGraph
+from passes.split_backward import split_backward
+from passes.stages import StageGradient, StageProgram
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,23 +27,36 @@ class LayerWork:
     name: str
     forward: Work
     backward: Work
+    input_grad: Work
+    weight_grad: Work
 
 
 def count_work(graph: LayerGraph) -> tuple[LayerWork, ...]:
-    """Compile each layer's forward and backward, equal ones once, and read XLA's counts."""
+    """Compile each layer's programs, equal ones once, and read XLA's counts."""
     stages = cut_stages(graph, range(len(graph.layers) + 1))
     counted: dict[str, Work] = {}
     return tuple(
-        LayerWork(
-            name=layer.name,
-            forward=_count(gradient.forward, counted),
-            backward=_count(gradient.backward, counted),
-        )
+        _count_layer(layer.name, gradient, counted)
         for layer, gradient in zip(graph.layers, differentiate(stages), strict=True)
     )
 
 
-def _count(jaxpr: Jaxpr, counted: dict[str, Work]) -> Work:
+def _count_layer(name: str, gradient: StageGradient, counted: dict[str, Work]) -> LayerWork:
+    split = split_backward(gradient.backward)
+    return LayerWork(
+        name=name,
+        forward=_count(gradient.forward, counted),
+        backward=_count(gradient.backward, counted),
+        input_grad=_count(split.input_grad, counted),
+        weight_grad=_count(split.weight_grad, counted),
+    )
+
+
+def _count(program: StageProgram | None, counted: dict[str, Work]) -> Work:
+    if program is None:
+        return Work(flops=0.0, bytes_accessed=0.0)
+    jaxpr = program.jaxpr
+
     def layer(*args: jax.Array) -> list[jax.Array]:
         return jaxprs.evaluate(jaxpr, args)
 

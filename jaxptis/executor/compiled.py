@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxptis.executor.programs import Aval, ProgramSpec
-from jaxptis.executor.transfer import Transfer
+from jaxptis.executor.transfer import Exchange, Route
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +64,14 @@ class Compiler:
     def __init__(self, devices: Sequence[Any]) -> None:
         self.devices = tuple(devices)
         self._programs: dict[tuple[Any, ...], CompiledProgram] = {}
-        self._transfers: dict[tuple[Any, ...], Transfer] = {}
+        self._exchanges: dict[Route, Exchange] = {}
+        self._placeholders: dict[tuple[int, Aval], Any] = {}
 
     @property
     def num_compilations(self) -> int:
         """How many programs XLA has compiled so far."""
         programs = {id(p.compiled) for p in self._programs.values()}
-        return len(programs) + sum(t.num_programs for t in self._transfers.values())
+        return len(programs) + len(self._exchanges)
 
     def programs(
         self, specs: Mapping[str, ProgramSpec], donated: Mapping[str, tuple[int, ...]]
@@ -98,18 +100,23 @@ class Compiler:
                 )
         return {name: self._programs[key] for name, key in keys.items()}
 
-    def transfers(
-        self, wanted: Sequence[tuple[int, int, Aval]]
-    ) -> dict[tuple[int, int, Aval], Transfer]:
-        """Compile transfers: source, target and type of each."""
-        missing = [key for key in dict.fromkeys(wanted) if key not in self._transfers]
+    def exchanges(self, routes: Sequence[Route]) -> dict[Route, Exchange]:
+        """Compile transfers, each distinct one once."""
         new = {
-            (source, target, aval): Transfer(self.devices[source], self.devices[target], aval)
-            for source, target, aval in missing
+            route: Exchange(route, self.devices, self._placeholder)
+            for route in dict.fromkeys(routes)
+            if route not in self._exchanges
         }
-        _in_parallel(lambda transfer: transfer.compile(), new.values())
-        self._transfers.update(new)
-        return {key: self._transfers[key] for key in wanted}
+        _in_parallel(lambda exchange: exchange.compile(), new.values())
+        self._exchanges.update(new)
+        return {route: self._exchanges[route] for route in routes}
+
+    def _placeholder(self, device: int, aval: Aval) -> Any:
+        key = device, aval
+        if key not in self._placeholders:
+            zeros = jnp.zeros(aval.shape, aval.dtype)
+            self._placeholders[key] = jax.device_put(zeros, self.devices[device])
+        return self._placeholders[key]
 
     def _lower(self, spec: ProgramSpec, donated: tuple[int, ...]) -> Any:
         sharding = replicated([self.devices[spec.device]])

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxptis.executor.compiled import Compiler
-from jaxptis.executor.emit import emit_split, split_program_name
+from jaxptis.executor.emit_split import emit_split, split_program_name
 from jaxptis.executor.executable import Buffer, Executable
 from jaxptis.executor.instructions import Rows
 from jaxptis.executor.programs import Aval, ProgramSpec, split_program
@@ -63,9 +63,12 @@ class Draft:
         self, compiler: Compiler, outputs: Sequence[Buffer], consumed: Sequence[Buffer] = ()
     ) -> Executable:
         """Compile the step."""
+        rows = enumerate(self.rows.rows)
+        read = {(device, name) for device, row in rows for each in row for name in each.reads}
         constants = {
             (device, name): jax.device_put(value, compiler.devices[device])
             for (device, name), value in self.constants.items()
+            if (device, name) in read
         }
         return Executable(
             compiler,

@@ -2,14 +2,16 @@
 
 import collections
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxptis.executor.compiled import CompiledProgram, Compiler, donations
-from jaxptis.executor.instructions import Rows, Run, Step, in_one_order
+from jaxptis.executor.instructions import Rows, Run
 from jaxptis.executor.programs import Aval, ProgramSpec
-from jaxptis.executor.transfer import Transfer
+from jaxptis.executor.prove import Step, in_one_order, prove
+from jaxptis.executor.transfer import Exchange, Route
+from passes import jaxprs
 
 Buffer = tuple[int, str]  # a device and the name of a buffer there
 
@@ -51,26 +53,34 @@ class Executable:
           constants: inputs with a value that stays the same.
           consumed: inputs that the step may overwrite or free.
         """
-        self.rows = rows
         kept = {*inputs, *constants}.difference(consumed) | set(outputs)
-        held = [{name for d, name in kept if d == device} for device in range(len(rows.rows))]
-        steps = in_one_order(rows, held)
-        transfers = _typed_transfers(steps, specs, inputs, constants)
-        self.programs = compiler.programs(specs, _donated(steps, specs))
-        self.transfers = compiler.transfers(list(transfers.values()))
+        held = _per_device(rows, kept)
+        self.rows = rows.free(held)
+        steps = in_one_order(self.rows)
+        types, routes = _types(steps, specs, inputs, constants)
+        donated = _donated(steps, specs)
+        read = {(d, n) for s in steps for d, each in s.ends for n in each.reads}
+        self.peak_bytes = prove(
+            self.rows,
+            given=_per_device(rows, {*inputs, *constants} & (read | kept)),
+            held=held,
+            nbytes={name: jaxprs.nbytes([aval]) for (_, name), aval in types.items()},
+            donated=donated,
+        )
+        self.programs = compiler.programs(specs, donated)
+        self.exchanges = compiler.exchanges(list(routes.values()))
         slots: dict[Buffer, int] = collections.defaultdict(lambda: len(slots))
         self._inputs = [slots[buffer] for buffer in inputs]
         self._ops = [
-            _bind(step, slots, self.programs, self.transfers, transfers.get(i))
+            _bind(step, slots, self.programs, self.exchanges[routes[i]] if i in routes else None)
             for i, step in enumerate(steps)
         ]
         self._outputs = [slots[buffer] for buffer in outputs]
         self._blank: list[Any] = [None] * len(slots)
         for buffer, value in constants.items():
-            if buffer in slots:
-                self._blank[slots[buffer]] = value
+            self._blank[slots[buffer]] = value
         self.num_tasks = sum(
-            isinstance(s.instruction, Run) and s.instruction.task is not None for s in steps
+            isinstance(each, Run) and each.task is not None for row in rows.rows for each in row
         )
         self.host_s = 0.0
         self.num_calls = 0
@@ -92,34 +102,52 @@ class Executable:
         return [slots[slot] for slot in self._outputs]
 
 
-def _typed_transfers(
+def _per_device(rows: Rows, buffers: Iterable[Buffer]) -> list[set[str]]:
+    names: list[set[str]] = [set() for _ in rows.rows]
+    for device, name in buffers:
+        names[device].add(name)
+    return names
+
+
+def _types(
     steps: Sequence[Step],
     specs: Mapping[str, ProgramSpec],
     inputs: Mapping[Buffer, Aval],
     constants: Mapping[Buffer, Any],
-) -> dict[int, tuple[int, int, Aval]]:
+) -> tuple[dict[Buffer, Aval], dict[int, Route]]:
     """Follow the types of the buffers through the steps, checking those that programs read.
 
     Returns:
-      For each step that is a transfer its source, target and type.
+      The type of every buffer, and for each step that is a transfer its route.
     """
-    buffers = dict(inputs)
-    buffers.update({b: Aval(x.shape, x.dtype) for b, x in constants.items()})
-    transfers = {}
+    types = dict(inputs)
+    types.update({b: Aval(x.shape, x.dtype) for b, x in constants.items()})
+    routes = {}
     for i, step in enumerate(steps):
-        instruction = step.instruction
+        device, instruction = step.ends[0]
         if isinstance(instruction, Run):
             spec = specs[instruction.program]
-            types = [_plain(buffers[step.device, name]) for name in instruction.reads]
-            assert types == [_plain(a) for a in spec.in_avals], (instruction, types, spec.in_avals)
-            for name, aval in zip(instruction.writes, spec.out_avals, strict=True):
-                buffers[step.device, name] = aval
-        else:
-            aval = buffers[step.device, instruction.buffer]
-            buffers[instruction.target, instruction.buffer] = aval
-            key = Aval(aval.shape, aval.dtype)
-            transfers[i] = (step.device, instruction.target, key)
-    return transfers
+            found = [_plain(types[device, name]) for name in instruction.reads]
+            wanted = [_plain(aval) for aval in spec.in_avals]
+            assert found == wanted, (instruction, found, wanted)
+            written = zip(instruction.writes, spec.out_avals, strict=True)
+            types.update(((device, name), aval) for name, aval in written)
+            continue
+        (first, here), (second, there) = step.ends
+        for source, target, names in (first, second, here.reads), (second, first, there.reads):
+            types.update(((target, name), types[source, name]) for name in names)
+        routes[i] = Route(
+            (first, second),
+            (
+                tuple(_keyed(types[first, name]) for name in here.reads),
+                tuple(_keyed(types[second, name]) for name in there.reads),
+            ),
+        )
+    return types, routes
+
+
+def _keyed(aval: Aval) -> Aval:
+    return Aval(aval.shape, aval.dtype)
 
 
 def _plain(aval: Aval) -> tuple[Any, ...]:
@@ -130,10 +158,11 @@ def _donated(steps: Sequence[Step], specs: Mapping[str, ProgramSpec]) -> dict[st
     """Return the inputs that each program may overwrite: no call's input is read again."""
     consumed: dict[str, set[int]] = {}
     for step in steps:
-        if isinstance(step.instruction, Run):
-            reads, gone = step.instruction.reads, step.consumes
+        _, instruction = step.ends[0]
+        if isinstance(instruction, Run):
+            reads, gone = instruction.reads, instruction.consumes
             once = {i for i, n in enumerate(reads) if n in gone and reads.count(n) == 1}
-            consumed.setdefault(step.instruction.program, once).intersection_update(once)
+            consumed.setdefault(instruction.program, once).intersection_update(once)
     return {name: donations(spec, sorted(consumed[name])) for name, spec in specs.items()}
 
 
@@ -141,22 +170,27 @@ def _bind(
     step: Step,
     slots: dict[Buffer, int],
     programs: Mapping[str, CompiledProgram],
-    transfers: Mapping[tuple[int, int, Aval], Transfer],
-    key: tuple[int, int, Aval] | None,
+    exchange: Exchange | None,
 ) -> _Op:
-    """Look up what a step calls (with `key`, the transfer) and the slots it works on."""
-    instruction = step.instruction
+    """Look up what a step calls, and the slots it works on."""
     call: Callable[..., Sequence[Any]]
+    device, instruction = step.ends[0]
     if isinstance(instruction, Run):
         call = programs[instruction.program].compiled
-        written = [(step.device, name) for name in instruction.writes]
+        written = [(device, name) for name in instruction.writes]
     else:
-        assert key is not None
-        call = transfers[key]
-        written = [(instruction.target, instruction.buffer)]
+        assert exchange is not None
+        call = exchange
+        # What arrives comes in the order in which it is sent, and has the same names.
+        peers = [end for end, _ in reversed(step.ends)]
+        written = [
+            (peer, name)
+            for peer, (_, each) in zip(peers, step.ends, strict=True)
+            for name in each.reads
+        ]
     return _Op(
         call=call,
-        reads=tuple(slots[step.device, name] for name in instruction.reads),
+        reads=tuple(slots[d, name] for d, each in step.ends for name in each.reads),
         writes=tuple(slots[buffer] for buffer in written),
-        frees=tuple(slots[step.device, name] for name in step.frees),
+        frees=tuple(slots[d, name] for d, each in step.ends for name in each.frees),
     )

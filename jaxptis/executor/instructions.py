@@ -1,83 +1,78 @@
-"""What each device does in a step: a list of instructions on named buffers.
+"""What each device does in a step: a list of instructions on named buffers (see `tasks`)."""
 
-A buffer's name is the same on every device that holds it. Names, on the device of the reader:
-
-    param3  sum3.device1  a parameter, and the sum of its gradients so far on a device
-    batch0  microbatch2   a leaf of the batch, and the index of a microbatch
-    stage1.constant0      an array that the loss function closes over
-    x4.2                  crossing 4 of microbatch 2
-    d4.stage3.2           its gradient, as stage 3 sees it
-    stage1.saved0.2       what a forward saves for its backward
-    result0.2  result0    the loss (1, 2, ...: auxiliary leaves) of microbatch 2, and of the step
-"""
-
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 
 from jaxptis.plan import Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Run a program; `task` says which task of the plan that is, if it is one."""
+    """Run a program.
+
+    Attributes:
+        program: its name.
+        reads: its inputs.
+        writes: its results; one that is also read is replaced.
+        frees: what nothing on this device reads afterwards.
+        task: the task of the plan that this is, if it is one.
+    """
 
     program: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    frees: tuple[str, ...] = ()
     task: Task | None = None
 
     def __str__(self) -> str:
         return f"{self.program}({', '.join(self.reads)}) -> {', '.join(self.writes)}"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Send:
-    """Send a buffer; waits until the other device receives it."""
-
-    buffer: str
-    target: int
-    reads = property(lambda self: (self.buffer,))
-    writes = ()
-
-    def __str__(self) -> str:
-        return f"send {self.buffer} to device {self.target}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Receive:
-    """Receive a buffer; waits until the other device sends it."""
-
-    buffer: str
-    source: int
-    reads = ()
-    writes = property(lambda self: (self.buffer,))
-
-    def __str__(self) -> str:
-        return f"receive {self.buffer} from device {self.source}"
-
-
-Instruction = Run | Send | Receive
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """An instruction and the device that carries it out; a transfer is the step of its sender.
-
-    Attributes:
-      device: where it runs.
-      instruction: what runs.
-      frees: the buffers of this device that nothing reads afterwards.
-    """
-
-    device: int
-    instruction: Run | Send
-    frees: tuple[str, ...]
-
     @property
     def consumes(self) -> tuple[str, ...]:
-        """The buffers whose present value nothing reads afterwards."""
-        gone = {*self.frees, *self.instruction.writes}
-        return tuple(name for name in self.instruction.reads if name in gone)
+        """The inputs whose present value nothing reads afterwards."""
+        gone = {*self.frees, *self.writes}
+        return tuple(name for name in self.reads if name in gone)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Exchange buffers with another device, in one program of both; each waits for the other.
+
+    Attributes:
+        peer: the other device.
+        sends: buffers of this device that the peer is given.
+        receives: buffers that this device is given.
+        frees: what nothing on this device reads afterwards.
+    """
+
+    peer: int
+    sends: tuple[str, ...]
+    receives: tuple[str, ...]
+    frees: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.sends
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return self.receives
+
+    def __str__(self) -> str:
+        sent = [f"send {name} to device {self.peer}" for name in self.sends]
+        received = [f"receive {name} from device {self.peer}" for name in self.receives]
+        return " & ".join([*sent, *received])
+
+    def matches(self, device: int, other: "Instruction") -> bool:
+        """Whether `other`, of the peer, is the other end of this transfer of `device`."""
+        return (
+            isinstance(other, Transfer)
+            and other.peer == device
+            and (other.sends, other.receives) == (self.receives, self.sends)
+        )
+
+
+Instruction = Run | Transfer
 
 
 class Rows:
@@ -99,72 +94,57 @@ class Rows:
         self.rows[device].append(instruction)
 
     def transfer(self, source: int, target: int, buffer: str) -> None:
-        """Append a transfer to both lists, so that they agree on the order."""
-        self.rows[source].append(Send(buffer=buffer, target=target))
-        self.rows[target].append(Receive(buffer=buffer, source=source))
+        """Append a transfer to both lists, so that they agree on the order.
+
+        Where it follows one between the same devices at both ends, the two become one.
+        """
+        sent, received = self.rows[source], self.rows[target]
+        last = sent[-1] if sent else None
+        if (
+            received
+            and isinstance(last, Transfer)
+            and last.peer == target
+            and last.matches(source, received[-1])
+        ):
+            here, there = sent.pop(), received.pop()
+            assert isinstance(here, Transfer) and isinstance(there, Transfer)
+        else:
+            here = Transfer(peer=target, sends=(), receives=())
+            there = Transfer(peer=source, sends=(), receives=())
+        sent.append(replace(here, sends=(*here.sends, buffer)))
+        received.append(replace(there, receives=(*there.receives, buffer)))
+
+    def free(self, held: Sequence[Set[str]]) -> "Rows":
+        """Return the lists with every buffer freed after its last use.
+
+        Args:
+            held: for each device the buffers that outlive the step.
+        """
+        freed = Rows(len(self.rows))
+        freed.rows = [_free(row, kept) for row, kept in zip(self.rows, held, strict=True)]
+        return freed
 
     def text(self) -> str:
         """Return the lists, a line an instruction."""
         return "\n".join(
-            "\n".join([f"device {device}", *(f"  {each}" for each in row), ""])
+            "\n".join([f"device {device}", *map(_line, row), ""])
             for device, row in enumerate(self.rows)
         )
 
 
-def in_one_order(rows: Rows, held: Sequence[Container[str]]) -> tuple[Step, ...]:
-    """Return the steps of all devices in an order in which one process can carry them out.
-
-    Devices take turns; a device that sends or receives waits until the other end is there.
-
-    Args:
-      rows: the lists.
-      held: for each device the buffers that outlive the step.
-
-    Raises:
-      ValueError: the transfers wait for each other.
-    """
-    frees = [_last_reads(row, kept) for row, kept in zip(rows.rows, held, strict=True)]
-    position = [0] * len(rows.rows)
-    steps: list[Step] = []
-
-    def head(device: int) -> Instruction | None:
-        row = rows.rows[device]
-        return row[position[device]] if position[device] < len(row) else None
-
-    def advance(device: int) -> bool:
-        instruction = head(device)
-        if instruction is None or isinstance(instruction, Receive):
-            return False
-        if isinstance(instruction, Send):
-            if head(instruction.target) != Receive(buffer=instruction.buffer, source=device):
-                return False
-            position[instruction.target] += 1
-        steps.append(
-            Step(
-                device=device,
-                instruction=instruction,
-                frees=frees[device][position[device]],
-            )
-        )
-        position[device] += 1
-        return True
-
-    devices = range(len(rows.rows))
-    while sum(advance(device) for device in devices):
-        pass
-    stuck = [f"device {d} at {head(d)}" for d in devices if head(d) is not None]
-    if stuck:
-        raise ValueError(f"the transfers wait for each other: {'; '.join(stuck)}")
-    return tuple(steps)
+def _line(instruction: Instruction) -> str:
+    freed = f"  (frees {', '.join(instruction.frees)})" if instruction.frees else ""
+    return f"  {instruction}{freed}"
 
 
-def _last_reads(row: Sequence[Instruction], held: Container[str]) -> list[tuple[str, ...]]:
-    """Return, for each instruction, the buffers that it touches and nothing after it reads."""
+def _free(row: Sequence[Instruction], held: Set[str]) -> list[Instruction]:
+    """Let each instruction free what it touches and nothing after it reads."""
     read_later: set[str] = set()
-    frees = []
+    freed: list[Instruction] = []
     for instruction in reversed(row):
         touched = dict.fromkeys((*instruction.reads, *instruction.writes))
-        frees.append(tuple(n for n in touched if n not in held and n not in read_later))
+        frees = tuple(n for n in touched if n not in held and n not in read_later)
+        freed.append(replace(instruction, frees=frees))
         read_later.difference_update(instruction.writes)
         read_later.update(instruction.reads)
-    return frees[::-1]
+    return freed[::-1]

@@ -12,7 +12,7 @@ from passes import jaxprs
 from passes.device_split import DeviceProgram
 from passes.differentiate import accumulator_dtype
 from passes.jaxprs import Jaxpr
-from passes.stages import Stage, StageGradient
+from passes.stages import Role, StageProgram
 
 Aval = jax.ShapeDtypeStruct
 
@@ -71,62 +71,39 @@ class BatchLeaf:
 INDEX = Aval((), jnp.int32)
 
 
-def needs_index(stage: Stage, batch: Sequence[BatchLeaf]) -> bool:
-    """Whether the programs of a stage must know which microbatch they work on."""
-    return any(batch[i].axis is not None for i in stage.batch)
+def needs_index(program: StageProgram, batch: Sequence[BatchLeaf]) -> bool:
+    """Whether a program of a stage must know which microbatch it works on."""
+    leaves = [batch[x.index] for x in program.reads if x.role == Role.BATCH]
+    return any(leaf.axis is not None for leaf in leaves)
 
 
 def stage_program(
-    kind: str,
-    body: Jaxpr,
-    *,
-    device: int,
-    stage: Stage,
-    constants: Sequence[Any],
-    batch: Sequence[BatchLeaf],
+    kind: str, program: StageProgram, *, device: int, batch: Sequence[BatchLeaf]
 ) -> ProgramSpec:
-    """Return the program of a stage's jaxpr.
+    """Return a program of a stage, which is given whole batch leaves.
 
-    It takes the constants, the parameters, the whole batch leaves, the index of the microbatch
-    (if `needs_index`), and the rest of the jaxpr's inputs.
+    If `needs_index`, the index of the microbatch comes first; then what the program reads.
     """
-    leaves = [batch[i] for i in stage.batch]
-    first = len(constants) + len(stage.params)
-    rest = first + len(leaves)
-    indexed = needs_index(stage, batch)
+    indexed = needs_index(program, batch)
+    leaves = [batch[x.index] if x.role == Role.BATCH else None for x in program.reads]
 
     def fun(*args: Any) -> list[Any]:
-        index = args[rest] if indexed else None
-        cut = [leaf.microbatch(x, index) for leaf, x in zip(leaves, args[first:rest], strict=True)]
-        return jaxprs.evaluate(body, [*args[:first], *cut, *args[rest + indexed :]])
+        index, given = (args[0], args[1:]) if indexed else (None, args)
+        cut = [
+            x if leaf is None else leaf.microbatch(x, index)
+            for leaf, x in zip(leaves, given, strict=True)
+        ]
+        return jaxprs.evaluate(program.jaxpr, cut)
 
-    avals = jaxprs.avals(body.invars)
+    avals = jaxprs.avals(program.jaxpr.invars)
+    given = [a if leaf is None else leaf.aval for leaf, a in zip(leaves, avals, strict=True)]
     return ProgramSpec(
         kind=kind,
         device=device,
         fun=fun,
-        in_avals=(
-            *avals[:first],
-            *(leaf.aval for leaf in leaves),
-            *[INDEX] * indexed,
-            *avals[rest:],
-        ),
-        out_avals=tuple(jaxprs.avals(body.outvars)),
-        jaxpr=body,
-    )
-
-
-def backward_program(
-    gradient: StageGradient, *, device: int, batch: Sequence[BatchLeaf]
-) -> ProgramSpec:
-    """Return the program that adds a stage's gradients to those of the microbatches before."""
-    return stage_program(
-        "backward",
-        gradient.backward,
-        device=device,
-        stage=gradient.stage,
-        constants=gradient.constants,
-        batch=batch,
+        in_avals=(*[INDEX] * indexed, *given),
+        out_avals=tuple(jaxprs.avals(program.jaxpr.outvars)),
+        jaxpr=program.jaxpr,
     )
 
 

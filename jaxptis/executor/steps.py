@@ -1,6 +1,6 @@
 """The steps that a pipeline can take: gradients, training, evaluation, and making its state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -10,30 +10,30 @@ import optax
 
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.draft import Copies, Draft, Homes
-from jaxptis.executor.emit import (
-    Parts,
-    constant,
-    emit_tasks,
-    gradient_sum,
-    result,
-    stage_program_name,
-)
+from jaxptis.executor.emit_tasks import emit_tasks
 from jaxptis.executor.executable import Buffer, Executable
 from jaxptis.executor.programs import (
     INDEX,
     BatchLeaf,
-    backward_program,
-    needs_index,
     results_program,
     stage_program,
     zeros_program,
 )
-from jaxptis.performance import Costs, Timeline, simulate
+from jaxptis.executor.stage_tasks import (
+    KINDS,
+    MICROBATCH,
+    constant,
+    gradient_sum,
+    result,
+    stage_program_name,
+    task_programs,
+)
+from jaxptis.performance import Costs, simulate
 from jaxptis.plan import Plan
 from passes import jaxprs
 from passes.differentiate import accumulator_dtype
 from passes.split_update import Tied, split_by_device
-from passes.stages import LOSS, StageGradient, Stages
+from passes.stages import LOSS, StageGradient, StageProgram, Stages
 
 
 class Pipeline(Protocol):
@@ -44,11 +44,11 @@ class Pipeline(Protocol):
     @property
     def costs(self) -> Costs: ...
     @property
-    def timeline(self) -> Timeline: ...
-    @property
     def stages(self) -> Stages: ...
     @property
     def gradients(self) -> tuple[StageGradient, ...]: ...
+    @property
+    def programs(self) -> Mapping[tuple[int, str], StageProgram]: ...
     @property
     def batch(self) -> tuple[BatchLeaf, ...]: ...
     @property
@@ -80,18 +80,10 @@ def evaluation(pipeline: Pipeline, compiler: Compiler) -> Executable:
     """Return the forward: parameters and batch in, results out."""
     plan = pipeline.plan.forward_only()
     draft = Draft(plan.num_devices)
-    for s, (stage, placed) in enumerate(zip(pipeline.stages.stages, plan.stages, strict=True)):
-        draft.specs[stage_program_name(s, "F")] = stage_program(
-            "forward",
-            stage.forward,
-            device=placed.device,
-            stage=stage,
-            constants=stage.constants,
-            batch=pipeline.batch,
-        )
-        _bind_constants(draft, placed.device, s, stage.constants)
-    timeline = simulate(plan, pipeline.costs)
-    results = _add_tasks(draft, pipeline, plan, timeline, None)
+    stages = pipeline.stages.stages
+    _bind_constants(draft, plan, [stage.constants for stage in stages])
+    programs = {(s, "F"): stage.program() for s, stage in enumerate(stages)}
+    results = _add_tasks(draft, pipeline, plan, programs)
     return draft.executable(compiler, results)
 
 
@@ -236,31 +228,23 @@ def _draft_gradient(pipeline: Pipeline) -> tuple[Draft, list[Buffer]]:
     plan = pipeline.plan
     draft = Draft(plan.num_devices)
     _add_zeros(draft, pipeline)
-    for s, (gradient, placed) in enumerate(zip(pipeline.gradients, plan.stages, strict=True)):
-        draft.specs[stage_program_name(s, "F")] = stage_program(
-            "forward",
-            gradient.forward,
-            device=placed.device,
-            stage=gradient.stage,
-            constants=gradient.constants,
-            batch=pipeline.batch,
-        )
-        draft.specs[stage_program_name(s, "B")] = backward_program(
-            gradient, device=placed.device, batch=pipeline.batch
-        )
-        _bind_constants(draft, placed.device, s, gradient.constants)
-        if gradient.stage.makes_loss:
-            # The loss of the step is a mean, so each microbatch's counts for 1/M.
-            dtype = jaxprs.avals(pipeline.stages.program.jaxpr.outvars)[LOSS].dtype
-            share = np.asarray(1 / plan.num_microbatches, dtype)
+    _bind_constants(draft, plan, [gradient.constants for gradient in pipeline.gradients])
+    # The loss of the step is a mean, so each microbatch's counts for 1/M.
+    dtype = jaxprs.avals(pipeline.stages.program.jaxpr.outvars)[LOSS].dtype
+    share = np.asarray(1 / plan.num_microbatches, dtype)
+    for stage, placed in zip(pipeline.stages.stages, plan.stages, strict=True):
+        if stage.makes_loss:
             draft.constants[placed.device, "d_loss"] = share
-    results = _add_tasks(draft, pipeline, plan, pipeline.timeline, pipeline.gradients)
-    return draft, results
+    return draft, _add_tasks(draft, pipeline, plan, pipeline.programs)
 
 
-def _bind_constants(draft: Draft, device: int, stage: int, values: Sequence[Any]) -> None:
-    for k, value in enumerate(values):
-        draft.constants[device, constant(stage, k)] = value
+def _bind_constants(draft: Draft, plan: Plan, values: Sequence[Sequence[Any]]) -> None:
+    """Bind what each stage closes over, and the indices of the microbatches."""
+    for s, (placed, closed_over) in enumerate(zip(plan.stages, values, strict=True)):
+        for k, value in enumerate(closed_over):
+            draft.constants[placed.device, constant(s, k)] = value
+        for m in range(plan.num_microbatches):
+            draft.constants[placed.device, MICROBATCH.of(m)] = jnp.asarray(m, INDEX.dtype)
 
 
 def _add_zeros(draft: Draft, pipeline: Pipeline) -> None:
@@ -277,26 +261,26 @@ def _add_tasks(
     draft: Draft,
     pipeline: Pipeline,
     plan: Plan,
-    timeline: Timeline,
-    gradients: tuple[StageGradient, ...] | None,
+    programs: Mapping[tuple[int, str], StageProgram],
 ) -> list[Buffer]:
     """Add the tasks and what joins their results; returns the results of the step."""
-    indexed = tuple(needs_index(stage, pipeline.batch) for stage in pipeline.stages.stages)
-    count = plan.num_microbatches
-    for placed, needs in zip(plan.stages, indexed, strict=True):
-        for m in range(count if needs else 0):
-            draft.constants[placed.device, f"microbatch{m}"] = jnp.asarray(m, INDEX.dtype)
+    homes = [placed.device for placed in plan.stages]
+    for (s, kind), program in programs.items():
+        draft.specs[stage_program_name(s, kind)] = stage_program(
+            KINDS[kind], program, device=homes[s], batch=pipeline.batch
+        )
     draft.inputs = {**param_copies(pipeline).buffers(), **batch_copies(pipeline).buffers()}
-    parts = Parts(stages=pipeline.stages, gradients=gradients, indexed=indexed)
-    emit_tasks(draft.rows, plan, timeline, parts)
+    tasks = task_programs(pipeline.stages, programs, homes=homes, batch=pipeline.batch)
+    emit_tasks(draft.rows, plan, simulate(plan, pipeline.costs), tasks)
 
+    count = plan.num_microbatches
     avals = jaxprs.avals(pipeline.stages.program.jaxpr.outvars)
     where: dict[int, int] = {}
     for device in range(plan.num_devices):
         held = [
             r
-            for stage, placed in zip(pipeline.stages.stages, plan.stages, strict=True)
-            if placed.device == device
+            for stage, home in zip(pipeline.stages.stages, homes, strict=True)
+            if home == device
             for r in stage.results
         ]
         if held:
@@ -306,7 +290,7 @@ def _add_tasks(
             draft.rows.run(
                 device,
                 name,
-                [result(r, m) for r in held for m in range(count)],
+                [f"{result(r)}.{m}" for r in held for m in range(count)],
                 [result(r) for r in held],
             )
             where.update(dict.fromkeys(held, device))

@@ -1,5 +1,7 @@
 """Transfers between two devices: a `ppermute` over the mesh of the two."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,57 +13,113 @@ from jaxptis.executor.programs import Aval
 Device = Any  # jax.Device
 
 
-class Transfer:
-    """Moves an array of one type from one device to another.
+@dataclass(frozen=True)
+class Route:
+    """What crosses together between two devices: the types that each of them sends, in order."""
 
-    The two arrays that a transfer starts from, the sender's and a placeholder of the receiver's,
-    are the two halves of one array along its first axis. A scalar is given such an axis first.
+    devices: tuple[int, int]
+    sends: tuple[tuple[Aval, ...], tuple[Aval, ...]]
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """An array of each of the two devices; for each the value that it sends by it, if any."""
+
+    aval: Aval
+    sends: tuple[int | None, int | None]
+
+
+class Exchange:
+    """Moves values between two devices, in both directions at once.
+
+    Two values of one type in opposite directions share a lane, and so a `ppermute`. Where only one
+    device sends, the other's array is a placeholder.
     """
 
-    def __init__(self, source: Device, target: Device, aval: Aval) -> None:
-        """Prepare to compile; `compile` must follow."""
-        self._aval = aval
-        self._scalar = aval.shape == ()
-        shape = aval.shape if aval.shape else (1,)
-        self._shape = (2 * shape[0], *shape[1:])
-        mesh = Mesh(np.array([source, target]), ("pair",))
-        self._sharding = NamedSharding(mesh, PartitionSpec("pair"))
-        self._placeholder = jax.device_put(np.zeros(shape, aval.dtype), target)
+    def __init__(
+        self, route: Route, devices: Sequence[Device], placeholder: Callable[[int, Aval], Any]
+    ) -> None:
+        """Lower the program; `compile` must follow.
 
-        def transfer(x: jax.Array) -> jax.Array:
-            return jax.lax.ppermute(x, "pair", [(0, 1)])
+        Args:
+          route: what crosses.
+          devices: all devices of the pipeline.
+          placeholder: returns an array of a type on a device; its value does not matter.
+        """
+        lanes = _lanes(route)
+        mesh = Mesh(np.array([devices[d] for d in route.devices]), ("pair",))
+        # Every shape, also a scalar, has a shard on each device in this sharding. It calls the
+        # shards equal, which they are not; nobody looks at the array as a whole.
+        sharding = NamedSharding(mesh, PartitionSpec())
+        self._sharding = sharding
+        self._inputs = [
+            (
+                lane.aval.shape,
+                [
+                    placeholder(route.devices[end], lane.aval) if sent is None else sent
+                    for end, sent in enumerate(lane.sends)
+                ],
+            )
+            for lane in lanes
+        ]
+        self._outputs = sorted(
+            (sent, index, 1 - end)
+            for index, lane in enumerate(lanes)
+            for end, sent in enumerate(lane.sends)
+            if sent is not None
+        )
+
+        def transfer(*values: jax.Array) -> list[jax.Array]:
+            return [
+                jax.lax.ppermute(
+                    x, "pair", [(i, 1 - i) for i in (0, 1) if lane.sends[i] is not None]
+                )
+                for x, lane in zip(values, lanes, strict=True)
+            ]
 
         mapped = jax.shard_map(
-            transfer, mesh=mesh, in_specs=PartitionSpec("pair"), out_specs=PartitionSpec("pair")
+            transfer,
+            mesh=mesh,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            check_vma=False,
         )
-        pair = jax.ShapeDtypeStruct(self._shape, aval.dtype, sharding=self._sharding)
-        self.lowered = jax.jit(mapped).lower(pair)
-        self._reshapes = (source, target)
+        avals = [Aval(lane.aval.shape, lane.aval.dtype, sharding=sharding) for lane in lanes]
+        self.lowered = jax.jit(mapped).lower(*avals)
         self.compiled: Any = None
-
-    @property
-    def num_programs(self) -> int:
-        return 3 if self._scalar else 1
 
     def compile(self) -> None:
         """Compile what `__call__` runs."""
         self.compiled = self.lowered.compile()
-        if self._scalar:
-            source, target = self._reshapes
-            self._expand = _reshape(source, (), (1,), self._aval.dtype)
-            self._squeeze = _reshape(target, (1,), (), self._aval.dtype)
 
-    def __call__(self, value: jax.Array) -> list[jax.Array]:
-        """Return the array on the target device."""
-        half = self._expand(value) if self._scalar else value
-        pair = jax.make_array_from_single_device_arrays(
-            self._shape, self._sharding, [half, self._placeholder]
-        )
-        received = self.compiled(pair).addressable_shards[1].data
-        return [self._squeeze(received) if self._scalar else received]
+    def __call__(self, *values: jax.Array) -> list[jax.Array]:
+        """Return what arrives, in the order in which it is sent.
+
+        Args:
+          *values: what the first device sends, then what the second does.
+        """
+        arrays = [
+            jax.make_array_from_single_device_arrays(
+                shape, self._sharding, [values[x] if isinstance(x, int) else x for x in ends]
+            )
+            for shape, ends in self._inputs
+        ]
+        arrived = self.compiled(*arrays)
+        return [arrived[lane].addressable_shards[end].data for _, lane, end in self._outputs]
 
 
-def _reshape(device: Device, before: tuple[int, ...], after: tuple[int, ...], dtype: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    aval = jax.ShapeDtypeStruct(before, dtype, sharding=sharding)
-    return jax.jit(lambda x: x.reshape(after)).lower(aval).compile()
+def _lanes(route: Route) -> list[_Lane]:
+    """Give each value a lane; opposite values of one type share one."""
+    first, second = route.sends
+    back = dict(enumerate(second, start=len(first)))
+    lanes = []
+    for index, aval in enumerate(first):
+        partner = next((k for k, other in back.items() if _same(aval, other)), None)
+        if partner is not None:
+            del back[partner]
+        lanes.append(_Lane(aval, (index, partner)))
+    return [*lanes, *(_Lane(aval, (None, index)) for index, aval in back.items())]
+
+
+def _same(a: Aval, b: Aval) -> bool:
+    return (a.shape, a.dtype) == (b.shape, b.dtype)

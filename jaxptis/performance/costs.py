@@ -13,9 +13,12 @@ class LayerCost:
     name: str
     forward_s: float
     backward_s: float
+    input_grad_s: float
+    weight_grad_s: float
 
     def __post_init__(self) -> None:
-        for what, seconds in ("forward_s", self.forward_s), ("backward_s", self.backward_s):
+        for what in "forward_s", "backward_s", "input_grad_s", "weight_grad_s":
+            seconds = getattr(self, what)
             if not (math.isfinite(seconds) and seconds >= 0):
                 raise ValueError(
                     f"{what} of layer {self.name!r} is {seconds}; use finite seconds of 0 or more"
@@ -29,18 +32,9 @@ class Costs:
     layers: tuple[LayerCost, ...]
 
     def task_s(self, stage_layers: range, kind: str) -> float:
-        """Return the seconds of one task of a stage that holds the layers of these indices.
-
-        Raises:
-            ValueError: `kind` is not F or B.
-        """
-        layers = (self.layers[index] for index in stage_layers)
-        match kind:
-            case "F":
-                return sum(layer.forward_s for layer in layers)
-            case "B":
-                return sum(layer.backward_s for layer in layers)
-        raise ValueError(f"layer costs have kinds F and B, not {kind!r}; use a plan of F and B")
+        """Return the seconds of one task of a stage that holds the layers of these indices."""
+        what = {"F": "forward_s", "B": "backward_s", "I": "input_grad_s", "W": "weight_grad_s"}
+        return sum(getattr(self.layers[index], what[kind]) for index in stage_layers)
 
 
 def roofline_s(flops: float, bytes_accessed: float, device: DeviceSpec) -> float:

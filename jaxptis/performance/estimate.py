@@ -19,6 +19,8 @@ def estimate(layers: Sequence[LayerWork], device: DeviceSpec) -> Costs:
                 name=layer.name,
                 forward_s=seconds(layer.forward),
                 backward_s=seconds(layer.backward),
+                input_grad_s=seconds(layer.input_grad),
+                weight_grad_s=seconds(layer.weight_grad),
             )
             for layer in layers
         )

@@ -12,10 +12,14 @@ from jaxptis.plan.task import Schedule, Task
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """Consecutive layers, by name, and the device that runs them."""
+    """Consecutive layers, by name, and the device that runs them.
+
+    With `recompute` the stage keeps only its inputs for the backward, and runs its forward again.
+    """
 
     layers: tuple[str, ...]
     device: int
+    recompute: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,11 @@ class Plan:
     def boundaries(self) -> tuple[int, ...]:
         """The index of every stage's first layer, then the number of layers."""
         return tuple(accumulate((len(stage.layers) for stage in self.stages), initial=0))
+
+    @property
+    def recomputed(self) -> frozenset[int]:
+        """The stages that recompute."""
+        return frozenset(index for index, stage in enumerate(self.stages) if stage.recompute)
 
     def forward_only(self) -> Self:
         """Return the plan without its backward, for evaluation."""

@@ -5,14 +5,14 @@
     stage 0 on device 0
       embed_tokens
       layers/0/attention
-    stage 1 on device 1
+    stage 1 on device 1 recompute
       layers/0/mlp
 
     device 0: 0F0 0F1 0B0 0B1
     device 1: 1F0 1B0 1F1 1B1
 
-An indented line is a layer of the stage above it, so moving a layer is moving a line. `#` at the
-start of a line or after whitespace starts a comment.
+An indented line is a layer of the stage above it, so moving a layer is moving a line. A stage that
+recomputes says so. `#` at the start of a line or after whitespace starts a comment.
 """
 
 import re
@@ -28,7 +28,8 @@ def to_text(plan: Plan) -> str:
     """Write a plan in the canonical form that `from_text` reads."""
     lines = [" ".join(_HEADER), ""]
     for index, stage in enumerate(plan.stages):
-        lines.append(f"stage {index} on device {stage.device}")
+        ending = " recompute" if stage.recompute else ""
+        lines.append(f"stage {index} on device {stage.device}{ending}")
         lines += [f"  {name}" for name in stage.layers]
     lines.append("")
     for device, row in enumerate(plan.schedule):
@@ -73,7 +74,11 @@ def from_text(text: str, source: str = "plan") -> Plan:
     try:
         return Plan(
             stages=tuple(
-                StagePlan(layers=tuple(word.text for word in stage.layers), device=stage.device)
+                StagePlan(
+                    layers=tuple(word.text for word in stage.layers),
+                    device=stage.device,
+                    recompute=stage.recompute,
+                )
                 for stage in stages
             ),
             schedule=tuple(rows[device].tasks for device in range(len(rows))),
@@ -102,6 +107,7 @@ class _Line:
 class _Stage:
     word: _Word
     device: int
+    recompute: bool
     layers: list[_Word]
 
 
@@ -138,7 +144,7 @@ def _read_header(line: _Line) -> None:
 
 
 def _read_stage(line: _Line, index: int) -> _Stage:
-    """Read `stage 0 on device 0`."""
+    """Read `stage 0 on device 0`, perhaps with `recompute` behind it."""
     words = iter(line.words)
     next(words)
     word = next(words)
@@ -148,8 +154,12 @@ def _read_stage(line: _Line, index: int) -> _Stage:
         _read_literal(next(words), expected)
     word = next(words)
     device = _read_number(word, "device")
-    _read_end(next(words))
-    return _Stage(word=word, device=device, layers=[])
+    ending = next(words)
+    if ending.text not in ("", "recompute"):
+        raise ending.error("bad stage line", "'recompute' or the end of the line")
+    if ending.text:
+        _read_end(next(words))
+    return _Stage(word=word, device=device, recompute=bool(ending.text), layers=[])
 
 
 def _read_layer(line: _Line) -> _Word:

@@ -9,6 +9,8 @@ from passes import PROGRAM_PASSES, jaxprs
 from passes.differentiate import accumulator_dtype
 from passes.layers import find_layers
 from passes.runner import Dump, run
+from passes.split_backward import split_backward
+from passes.stages import Operand, Role
 from passes.trace import trace
 
 
@@ -62,50 +64,58 @@ def run_forward(stages, params, batch):
     return [results[r] for r in sorted(results)], sent
 
 
-def run_gradient(stages, gradients, params, batch):
+def run_gradient(stages, gradients, params, batch, *, split=()):
     """Run the forwards in order and the backwards in reverse order.
+
+    The stages in `split` run their backward in two parts: the weight gradients at the very end.
 
     Returns:
       The results of the program, and the gradient of each parameter, summed over its stages.
     """
-    params, batch = jax.tree.leaves(params), jax.tree.leaves(batch)
-    values, saved, results = {}, [], {}
-    for gradient in gradients:
-        stage = gradient.stage
-        outs = iter(jaxprs.evaluate(gradient.forward, _own(gradient, params, batch, values)))
-        values.update((i, next(outs)) for i in stage.outputs)
-        results.update((r, next(outs)) for r in stage.results)
-        saved.append(list(outs))
-    cotangents = {}
-    sums = [jnp.zeros(p.shape, accumulator_dtype(p.dtype)) for p in params]
-    for gradient, kept in reversed(list(zip(gradients, saved, strict=True))):
-        stage = gradient.stage
-        own = _own(gradient, params, batch, values)
-        args = [
-            *own[: len(own) - len(stage.inputs)],
-            *(values[stage.inputs[i]] for i in gradient.kept_inputs),
-            *(values[stage.outputs[i]] for i in gradient.kept_outputs),
-            *kept,
-            *(cotangents.pop(d) for d in gradient.d_outputs),
-            *[jnp.ones((), results[0].dtype)] * stage.makes_loss,
-            *(sums[p] for p in stage.params),
-        ]
-        outs = iter(jaxprs.evaluate(gradient.backward, args))
-        cotangents.update((d, next(outs)) for d in gradient.d_inputs)
-        for p in stage.params:  # a parameter of several stages: each adds to the sum
-            sums[p] = next(outs)
-    assert not cotangents, "nobody took a cotangent"
-    return [results[r] for r in sorted(results)], sums
-
-
-def _own(gradient, params, batch, values):
-    stage = gradient.stage
-    return [
-        *gradient.constants,
-        *(params[i] for i in stage.params),
-        *(batch[i] for i in stage.batch),
-        *(values[i] for i in stage.inputs),
+    shared = {Operand(Role.PARAM, i): x for i, x in enumerate(jax.tree.leaves(params))}
+    shared |= {Operand(Role.BATCH, i): x for i, x in enumerate(jax.tree.leaves(batch))}
+    for i, x in enumerate(jax.tree.leaves(params)):
+        shared[Operand(Role.SUM, i)] = jnp.zeros(x.shape, accumulator_dtype(x.dtype))
+    own = [
+        {Operand(Role.CONSTANT, k): x for k, x in enumerate(gradient.constants)}
+        for gradient in gradients
     ]
+
+    def run_part(s, program):
+        if program is None:
+            return
+        values = [{**shared, **own[s]}[operand] for operand in program.reads]
+        written = jaxprs.evaluate(program.jaxpr, values)
+        for operand, value in zip(program.writes, written, strict=True):
+            local = operand.role in (Role.SAVED, Role.KEPT)
+            (own[s] if local else shared)[operand] = value
+
+    for s, gradient in enumerate(gradients):
+        run_part(s, gradient.forward)
+    num_results = len(stages.program.jaxpr.outvars)
+    results = [shared[Operand(Role.RESULT, r)] for r in range(num_results)]
+    shared[Operand(Role.D_LOSS)] = jnp.ones((), results[0].dtype)
+    for s, gradient in reversed(list(enumerate(gradients))):
+        backward = gradient.backward
+        run_part(s, split_backward(backward).input_grad if s in split else backward)
+    for s in sorted(split, reverse=True):
+        run_part(s, split_backward(gradients[s].backward).weight_grad)
+    return results, [shared[Operand(Role.SUM, i)] for i in range(len(stages.program.params))]
+
+
+def run_alone(gradient, params, batch, *, d_loss=1.0, sums=None):
+    """Run forward and backward of a stage that is the whole model; returns its sums."""
+    leaves = jax.tree.leaves(params)
+    sums = [jnp.zeros(p.shape) for p in leaves] if sums is None else sums
+    values = {Operand(Role.PARAM, i): x for i, x in enumerate(leaves)}
+    values |= {Operand(Role.BATCH, i): x for i, x in enumerate(jax.tree.leaves(batch))}
+    values |= {Operand(Role.CONSTANT, k): x for k, x in enumerate(gradient.constants)}
+    values |= {Operand(Role.SUM, i): x for i, x in enumerate(sums)}
+    values[Operand(Role.D_LOSS)] = jnp.float32(d_loss)
+    for program in gradient.forward, gradient.backward:
+        outs = jaxprs.evaluate(program.jaxpr, [values[x] for x in program.reads])
+        values.update(zip(program.writes, outs, strict=True))
+    return [values[Operand(Role.SUM, i)] for i in range(len(leaves))]
 
 
 def assert_bitwise(got, want):

@@ -9,10 +9,12 @@ import pytest
 from passes import jaxprs
 from passes.cut_stages import cut_stages
 from passes.differentiate import accumulator_dtype, differentiate
+from passes.stages import Role
 from tests.passes.on_host import (
     assert_bitwise,
     layers_of,
     random_boundaries,
+    run_alone,
     run_gradient,
     run_program,
     types,
@@ -64,8 +66,8 @@ def reference(name):
 def total_counts(gradients):
     counts = collections.Counter()
     for gradient in gradients:
-        counts.update(jaxprs.count_primitives(gradient.forward))
-        counts.update(jaxprs.count_primitives(gradient.backward))
+        counts.update(jaxprs.count_primitives(gradient.forward.jaxpr))
+        counts.update(jaxprs.count_primitives(gradient.backward.jaxpr))
     return counts
 
 
@@ -119,10 +121,11 @@ def test_nothing_heavy_is_computed_twice(name, seed):
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_holds_nothing_that_parameters_give(name):
     for gradient in gradients(name, None)[1]:
-        forward, stage = gradient.forward, gradient.stage
-        saved = forward.outvars[len(forward.outvars) - gradient.num_saved :]
-        start = len(gradient.constants)
-        params = forward.invars[start : start + len(stage.params)]
+        forward = gradient.forward.jaxpr
+        reads = dict(zip(forward.invars, gradient.forward.reads, strict=True))
+        writes = zip(gradient.forward.writes, forward.outvars, strict=True)
+        saved = [v for operand, v in writes if operand.role == Role.SAVED]
+        params = [v for v, operand in reads.items() if operand.role == Role.PARAM]
         others = [v for v in forward.invars if v not in params]
         assert not set(saved) & set(forward.invars)
         from_params_only = jaxprs.dependents(forward, params) - jaxprs.dependents(forward, others)
@@ -131,44 +134,40 @@ def test_saved_holds_nothing_that_parameters_give(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_backward_reads_all_that_is_kept(name):
+def test_the_backward_reads_all_that_is_saved(name):
     for gradient in gradients(name, None)[1]:
-        stage = gradient.stage
-        start = len(gradient.constants) + len(stage.params) + len(stage.batch)
-        num_kept = len(gradient.kept_inputs) + len(gradient.kept_outputs) + gradient.num_saved
-        kept = gradient.backward.invars[start : start + num_kept]
-        assert jaxprs.read_vars(gradient.backward).issuperset(kept)
-        assert list(gradient.kept_inputs) == sorted(set(gradient.kept_inputs))
-        assert list(gradient.kept_outputs) == sorted(set(gradient.kept_outputs))
-        jaxprs.check(gradient.forward)
-        jaxprs.check(gradient.backward)
+        saved = [x for x in gradient.forward.writes if x.role == Role.SAVED]
+        assert set(saved) <= set(gradient.backward.reads)
+
+
+def cotangents(operands):
+    return {(x.index, x.consumer) for x in operands if x.role == Role.COTANGENT}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_each_reader_returns_one_cotangent(name):
+def test_every_cotangent_has_a_giver_and_a_taker(name):
     stages, parts = gradients(name, None)
-    taken = [(s, d) for s, part in enumerate(parts) for d in part.d_outputs]
-    given = [(s, d) for s, part in enumerate(parts) for d in part.d_inputs]
-    assert sorted((d.crossing, d.consumer) for _, d in taken) == sorted(
-        (index, consumer)
+    given = {(*d, s) for s, part in enumerate(parts) for d in cotangents(part.backward.writes)}
+    assert given == {
+        (index, consumer, consumer)
         for index, crossing in enumerate(stages.crossings)
         if crossing.has_gradient
         for consumer in crossing.consumers
-    )
-    assert {d for _, d in taken} == {d for _, d in given}
-    assert all(stages.crossings[d.crossing].producer == s for s, d in taken)
-    assert all(d.consumer == s for s, d in given)
+    }
+    for s, part in enumerate(parts):
+        for crossing, consumer in cotangents(part.backward.reads):
+            assert stages.crossings[crossing].producer == s
+            assert consumer in stages.crossings[crossing].consumers
 
 
 def test_parameters_are_summed_in_float32():
     c = case("half")
     stages, parts = gradients("half", None)
     for part in parts:
-        accumulated = part.backward.outvars[len(part.d_inputs) :]
-        assert {v.aval.dtype for v in accumulated} <= {np.dtype(np.float32)}
+        assert {a.dtype for a in part.backward.avals_of(Role.SUM)} <= {np.dtype(np.float32)}
         # What crosses has the dtype of the model.
-        crossing = [stages.crossings[d.crossing].aval.dtype for d in part.d_inputs]
-        assert [v.aval.dtype for v in part.backward.outvars[: len(part.d_inputs)]] == crossing
+        given = part.backward.avals_of(Role.COTANGENT)
+        assert {str(a.dtype) for a in given} <= {"bfloat16"}
     assert {str(x.aval.dtype) for x in stages.crossings} == {"bfloat16"}
     _, sums = run_gradient(stages, parts, c.params, c.batch)
     for got, want in zip(sums, reference("half")[0], strict=True):
@@ -194,10 +193,7 @@ def test_gradients_are_added_to_what_is_given():
     stages = cut_stages(graph, [0, len(graph.layers)])
     (gradient,) = differentiate(stages)
     given = [jnp.full(p.shape, 2.0) for p in jax.tree.leaves(c.params)]
-    own = [*gradient.constants, *jax.tree.leaves(c.params), *jax.tree.leaves(c.batch)]
-    outs = jaxprs.evaluate(gradient.forward, own)
-    saved = outs[len(outs) - gradient.num_saved :]
-    sums = jaxprs.evaluate(gradient.backward, [*own, *saved, jnp.float32(1), *given])
+    sums = run_alone(gradient, c.params, c.batch, sums=given)
     want = [2 + g for g in reference("residual")[0]]
     np.testing.assert_array_equal(sums[-1], given[-1])  # unused
     assert_close(sums, want)
@@ -207,14 +203,7 @@ def test_the_loss_may_be_weighted():
     """A cotangent of 1 / 8 gives an eighth: exact, as a power of two."""
     c = case("residual")
     (gradient,) = differentiate(cut_stages(c.graph, [0, len(c.graph.layers)]))
-    own = [*gradient.constants, *jax.tree.leaves(c.params), *jax.tree.leaves(c.batch)]
-    saved = jaxprs.evaluate(gradient.forward, own)
-    saved = saved[len(saved) - gradient.num_saved :]
-    zeros = [jnp.zeros(p.shape) for p in jax.tree.leaves(c.params)]
-    whole, eighth = (
-        jaxprs.evaluate(gradient.backward, [*own, *saved, jnp.float32(d), *zeros])
-        for d in (1, 0.125)
-    )
+    whole, eighth = (run_alone(gradient, c.params, c.batch, d_loss=d) for d in (1, 0.125))
     assert_bitwise(eighth, [g / 8 for g in whole])
 
 
@@ -225,9 +214,10 @@ def test_a_stage_without_differentiable_inputs():
     (crossing,) = stages.crossings
     assert not crossing.has_gradient
     parts = differentiate(stages)
-    assert [(part.d_inputs, part.d_outputs) for part in parts] == [((), ()), ((), ())]
-    assert parts[0].num_saved == 0 and not parts[0].kept_inputs
-    assert "dot_general" not in jaxprs.count_primitives(parts[0].backward)
+    for part in parts:
+        assert not cotangents(part.backward.reads) | cotangents(part.backward.writes)
+    assert not parts[0].forward.avals_of(Role.SAVED)
+    assert not parts[0].backward.writes
     _, sums = run_gradient(stages, parts, c.params, c.batch)
     assert_close(sums, reference("frozen")[0])
     frozen = [i for i, path in enumerate(stages.program.params) if path[:6] in ("block0", "block1")]
@@ -237,7 +227,9 @@ def test_a_stage_without_differentiable_inputs():
 def test_integers_have_no_cotangent():
     stages, parts = gradients("routed", None)
     (chosen,) = [i for i, crossing in enumerate(stages.crossings) if not crossing.has_gradient]
-    assert all(d.crossing != chosen for part in parts for d in (*part.d_inputs, *part.d_outputs))
+    for part in parts:
+        moved = cotangents(part.backward.reads) | cotangents(part.backward.writes)
+        assert all(crossing != chosen for crossing, _ in moved)
 
 
 def check_equals_jax(loss, params, batch):
@@ -307,10 +299,7 @@ def test_remat_recomputes_in_the_backward():
     for wrap in (jax.checkpoint, lambda f: f):
         graph = layers_of(functools.partial(loss, wrap=wrap), params, array(2, 8))
         (gradient,) = differentiate(cut_stages(graph, [0, len(graph.layers)]))
-        outs = gradient.forward.outvars
-        saved[wrap is jax.checkpoint] = jaxprs.nbytes(
-            v.aval for v in outs[len(outs) - gradient.num_saved :]
-        )
+        saved[wrap is jax.checkpoint] = jaxprs.nbytes(gradient.forward.avals_of(Role.SAVED))
     # Two rows of four bytes: the inputs of four blocks and of the head, and one of 32 elements.
     assert saved[True] == 2 * 4 * (5 * 8 + 32) < saved[False]
 

@@ -10,6 +10,7 @@ from passes import jaxprs
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
 from passes.saved_values import choose_saved
+from passes.stages import Role
 from tests.passes.on_host import layers_of
 from tests.passes.small_models import array
 
@@ -117,8 +118,7 @@ def saved_avals(loss_fn, params, batch):
     """Return the types of what a single stage saves."""
     graph = layers_of(loss_fn, params, batch)
     (gradient,) = differentiate(cut_stages(graph, [0, len(graph.layers)]))
-    outs = gradient.forward.outvars
-    return jaxprs.avals(outs[len(outs) - gradient.num_saved :])
+    return gradient.forward.avals_of(Role.SAVED)
 
 
 def types(avals):

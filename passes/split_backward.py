@@ -1,0 +1,76 @@
+"""Split the backward of a stage into the gradient of its inputs and that of its weights.
+
+The equations that the cotangents of the inputs need are the input gradient, the rest is the weight
+gradient (as in Qi et al. 2024, arXiv 2401.10241). What the weight gradient reads out of the input
+gradient is kept, unless it follows by cheap equations from the values that the forward saved.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from passes import jaxprs
+from passes.jaxprs import Jaxpr, Var
+from passes.saved_values import choose_saved
+from passes.stages import Operand, Role, StageProgram, slice_program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitBackward:
+    """A backward in two programs, each None if it has nothing to do.
+
+    Attributes:
+      input_grad: writes the cotangents of the inputs, and what it keeps.
+      weight_grad: writes the sums of gradients. It reads what was kept, and what the backward as a
+        whole was given.
+    """
+
+    input_grad: StageProgram | None
+    weight_grad: StageProgram | None
+
+
+def split_backward(backward: StageProgram) -> SplitBackward:
+    """Split a backward; nothing heavy is computed twice."""
+    written = list(zip(backward.writes, backward.jaxpr.outvars, strict=True))
+    d_inputs = [(operand, v) for operand, v in written if operand.role == Role.COTANGENT]
+    sums = [(operand, v) for operand, v in written if operand.role == Role.SUM]
+    if not (d_inputs and sums):
+        return SplitBackward(
+            input_grad=backward if d_inputs else None, weight_grad=backward if sums else None
+        )
+    jaxpr = backward.jaxpr
+    given = dict(zip(jaxpr.invars, backward.reads, strict=True))
+    first = jaxprs.backward_slice(jaxpr, invars=jaxpr.invars, outvars=[v for _, v in d_inputs])
+    made = {v for eqn in first.eqns for v in eqn.outvars}
+    rest = jaxprs.backward_slice(jaxpr, invars=[*jaxpr.invars, *made], outvars=[v for _, v in sums])
+    handed_on = _handed_on(given, first, wanted=jaxprs.read_vars(rest))
+    # A cotangent that is written anyway is read from its own buffer.
+    sent = {v: operand for operand, v in d_inputs if v in handed_on}
+    kept = {v: Operand(Role.KEPT, k) for k, v in enumerate(v for v in handed_on if v not in sent)}
+    totals = {v: operand for v, operand in given.items() if operand.role == Role.SUM}
+    return SplitBackward(
+        input_grad=slice_program(jaxpr, given, [*d_inputs, *((x, v) for v, x in kept.items())]),
+        # The sums stand last: see `donations`.
+        weight_grad=slice_program(
+            jaxpr, {v: x for v, x in given.items() if v not in totals} | sent | kept | totals, sums
+        ),
+    )
+
+
+def _handed_on(given: Mapping[Var, Operand], first: Jaxpr, *, wanted: set[Var]) -> list[Var]:
+    """Return what the equations `first` make of which `wanted` is then computed cheaply.
+
+    What depends on a cotangent is handed on as it is. The rest comes from the forward: `wanted`
+    may follow from its saved values by cheap equations, as in the backward as a whole.
+    """
+    made = [v for eqn in first.eqns for v in eqn.outvars]
+    arriving = [v for v, x in given.items() if x.role in (Role.COTANGENT, Role.D_LOSS)]
+    moving = jaxprs.dependents(first, arriving)
+    held = [v for v, x in given.items() if x.role in (Role.CROSSING, Role.SAVED)]
+    again = choose_saved(
+        [eqn for eqn in first.eqns if moving.isdisjoint(eqn.outvars)],
+        at_hand=[v for v in given if v not in held],
+        given=held,
+        wanted=wanted.intersection([*held, *made]) - moving,
+    )
+    known = [v for v in again if v not in given]
+    return [*known, *(v for v in made if v in wanted and v in moving)]
