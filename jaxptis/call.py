@@ -98,7 +98,7 @@ class Compiled:
 
     def _dumped(self, executable: Executable) -> Executable:
         """Write the instructions and the HLO of the stages, if they are wanted, and return it."""
-        dump = self.pipeline.dump
+        dump = self.pipeline.analysis.dump
         if dump.enabled:
             dump.step("instructions", executable.rows.text())
             for stage, kind in self.pipeline.programs:
@@ -125,7 +125,7 @@ class Call:
 
     @property
     def has_aux(self) -> bool:
-        return self.compiled.pipeline.options.has_aux
+        return self.compiled.pipeline.analysis.options.has_aux
 
     def params_buffers(self) -> list[Any]:
         """Return the copies of the parameters, put in place where they are not."""
@@ -137,10 +137,10 @@ class Call:
 
     def split(self, outs: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Return, of a step's outputs, what the loss function returns, and those behind it."""
-        pipeline = self.compiled.pipeline
-        count = len(pipeline.result_axes)
+        analysis = self.compiled.pipeline.analysis
+        count = len(analysis.result_axes)
         loss, *aux = outs[:count]
-        value = (loss, jax.tree.unflatten(jax.tree.structure(pipeline.aux), aux))
+        value = (loss, jax.tree.unflatten(jax.tree.structure(analysis.aux), aux))
         return value if self.has_aux else loss, list(outs[count:])
 
 

@@ -18,7 +18,7 @@ from jaxptis.schedules import FAMILIES, schedule
 from passes import PROGRAM_PASSES
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
-from passes.layers import find_layers
+from passes.layers import LayerGraph, find_layers
 from passes.runner import Dump, run
 from passes.split_backward import split_backward
 from passes.stages import StageGradient, StageProgram, Stages
@@ -42,17 +42,13 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """A loss function, at given shapes, as a pipeline.
+class Analysis:
+    """What is known of a loss function at given shapes before it is planned.
 
     Attributes:
       options: what the user chose.
-      plan: partition, placement and schedule.
+      graph: its layers.
       costs: predicted seconds of each layer.
-      timeline: the predicted step.
-      stages: the forward programs and what crosses between them.
-      gradients: the forward and backward of every stage.
-      programs: by stage and kind of task, what the tasks of the plan run.
       batch: the leaves of the whole batch.
       result_axes: for each result, the axis along which the microbatches' are concatenated, or
         None for their mean. The loss is the first.
@@ -61,16 +57,33 @@ class Pipeline:
     """
 
     options: Options
-    plan: Plan
+    graph: LayerGraph
     costs: Costs
-    timeline: Timeline
-    stages: Stages
-    gradients: tuple[StageGradient, ...]
-    programs: Mapping[tuple[int, str], StageProgram]
     batch: tuple[BatchLeaf, ...]
     result_axes: tuple[int | None, ...]
     aux: Any
     dump: Dump
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A loss function, at given shapes, as a pipeline.
+
+    Attributes:
+      analysis: the loss function.
+      plan: partition, placement and schedule.
+      timeline: the predicted step.
+      stages: the forward programs and what crosses between them.
+      gradients: the forward and backward of every stage.
+      programs: by stage and kind of task, what the tasks of the plan run.
+    """
+
+    analysis: Analysis
+    plan: Plan
+    timeline: Timeline
+    stages: Stages
+    gradients: tuple[StageGradient, ...]
+    programs: Mapping[tuple[int, str], StageProgram]
 
     @property
     def homes(self) -> tuple[tuple[int, ...], ...]:
@@ -90,14 +103,27 @@ def compile_pipeline(
     *,
     previous: Plan | None = None,
 ) -> Pipeline:
-    """Plan a loss function and cut it into stages.
+    """Plan a loss function and cut it into stages; see `analyse`.
+
+    The `previous` plan, made for other shapes, is kept if the layers are the same.
+    """
+    analysis = analyse(loss_fn, params, batch, options)
+    layers = tuple(layer.name for layer in analysis.graph.layers)
+    if previous is not None and previous.layers == layers:
+        return build(analysis, previous)
+    return build(analysis, make_plan(layers, analysis.costs, options))
+
+
+def analyse(
+    loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any, options: Options
+) -> Analysis:
+    """Find the layers of a loss function and what they cost.
 
     Args:
       loss_fn: maps parameters and a batch to a scalar mean, or to (scalar, aux).
       params: pytree of `jax.ShapeDtypeStruct`.
       batch: pytree of `jax.ShapeDtypeStruct`, the whole batch.
       options: what the user chose.
-      previous: the plan for other shapes, which is kept if the layers are the same.
     """
     leaves = batch_leaves(batch, options)
     microbatch = jax.tree.unflatten(
@@ -110,31 +136,33 @@ def compile_pipeline(
     program = run(program, PROGRAM_PASSES, dump)
     graph = find_layers(program)
     dump.step("layers", graph.text())
-    costs = estimate(count_work(graph), options.cluster.devices[0])
-    layers = tuple(layer.name for layer in graph.layers)
-    if previous is not None and previous.layers == layers:
-        plan = previous
-    else:
-        plan = make_plan(layers, costs, options)
-    dump.step("plan", plan.text())
-    timeline = simulate(plan, costs)
-    dump.step("timeline", timeline.text())
-    stages = cut_stages(graph, plan.boundaries)
-    dump.step("stages", stages.text())
-    gradients = differentiate(stages, recomputed=plan.recomputed)
-
-    return Pipeline(
+    return Analysis(
         options=options,
-        plan=plan,
-        costs=costs,
-        timeline=timeline,
-        stages=stages,
-        gradients=gradients,
-        programs=_programs(plan, gradients),
+        graph=graph,
+        costs=estimate(count_work(graph), options.cluster.devices[0]),
         batch=leaves,
         result_axes=(None, *_aux_axes(loss_fn, params, batch, aux, options)),
         aux=aux,
         dump=dump,
+    )
+
+
+def build(analysis: Analysis, plan: Plan) -> Pipeline:
+    """Cut what was analysed into the stages of a plan."""
+    dump = analysis.dump
+    dump.step("plan", plan.text())
+    timeline = simulate(plan, analysis.costs)
+    dump.step("timeline", timeline.text())
+    stages = cut_stages(analysis.graph, plan.boundaries)
+    dump.step("stages", stages.text())
+    gradients = differentiate(stages, recomputed=plan.recomputed)
+    return Pipeline(
+        analysis=analysis,
+        plan=plan,
+        timeline=timeline,
+        stages=stages,
+        gradients=gradients,
+        programs=_programs(plan, gradients),
     )
 
 

@@ -36,23 +36,30 @@ from passes.split_update import Tied, split_by_device
 from passes.stages import LOSS, StageGradient, StageProgram, Stages
 
 
+class Analysis(Protocol):
+    """What a step must know of the loss function; `jaxptis.compile.Analysis` is one."""
+
+    @property
+    def costs(self) -> Costs: ...
+    @property
+    def batch(self) -> tuple[BatchLeaf, ...]: ...
+    @property
+    def result_axes(self) -> tuple[int | None, ...]: ...
+
+
 class Pipeline(Protocol):
     """What a step is made from; `jaxptis.compile.Pipeline` is one."""
 
     @property
-    def plan(self) -> Plan: ...
+    def analysis(self) -> Analysis: ...
     @property
-    def costs(self) -> Costs: ...
+    def plan(self) -> Plan: ...
     @property
     def stages(self) -> Stages: ...
     @property
     def gradients(self) -> tuple[StageGradient, ...]: ...
     @property
     def programs(self) -> Mapping[tuple[int, str], StageProgram]: ...
-    @property
-    def batch(self) -> tuple[BatchLeaf, ...]: ...
-    @property
-    def result_axes(self) -> tuple[int | None, ...]: ...
     @property
     def homes(self) -> tuple[Homes, ...]: ...
 
@@ -65,14 +72,14 @@ def param_copies(pipeline: Pipeline) -> Copies:
 
 def batch_copies(pipeline: Pipeline) -> Copies:
     """Return which devices read each leaf of the batch."""
-    readers: list[set[int]] = [set() for _ in pipeline.batch]
+    readers: list[set[int]] = [set() for _ in pipeline.analysis.batch]
     for stage, placed in zip(pipeline.stages.stages, pipeline.plan.stages, strict=True):
         for i in stage.batch:
             readers[i].add(placed.device)
     return Copies(
         homes=tuple(tuple(sorted(devices)) for devices in readers),
         prefix="batch",
-        avals=tuple(leaf.aval for leaf in pipeline.batch),
+        avals=tuple(leaf.aval for leaf in pipeline.analysis.batch),
     )
 
 
@@ -267,11 +274,11 @@ def _add_tasks(
     homes = [placed.device for placed in plan.stages]
     for (s, kind), program in programs.items():
         draft.specs[stage_program_name(s, kind)] = stage_program(
-            KINDS[kind], program, device=homes[s], batch=pipeline.batch
+            KINDS[kind], program, device=homes[s], batch=pipeline.analysis.batch
         )
     draft.inputs = {**param_copies(pipeline).buffers(), **batch_copies(pipeline).buffers()}
-    tasks = task_programs(pipeline.stages, programs, homes=homes, batch=pipeline.batch)
-    emit_tasks(draft.rows, plan, simulate(plan, pipeline.costs), tasks)
+    tasks = task_programs(pipeline.stages, programs, homes=homes, batch=pipeline.analysis.batch)
+    emit_tasks(draft.rows, plan, simulate(plan, pipeline.analysis.costs), tasks)
 
     count = plan.num_microbatches
     avals = jaxprs.avals(pipeline.stages.program.jaxpr.outvars)
@@ -285,7 +292,7 @@ def _add_tasks(
         ]
         if held:
             name = f"results.device{device}"
-            kinds = [(avals[r], pipeline.result_axes[r]) for r in held]
+            kinds = [(avals[r], pipeline.analysis.result_axes[r]) for r in held]
             draft.specs[name] = results_program(kinds, count, device=device)
             draft.rows.run(
                 device,

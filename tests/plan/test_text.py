@@ -138,7 +138,11 @@ _STAGE = "'stage <number> on device <number>'"
         ),
         (3, "stage 0 on device", "3:18: bad device number: found the end, expected a whole"),
         (3, "stage 0 on device a", "3:19: bad device number: found 'a', expected a whole number"),
-        (3, "stage 0 on device 0 x", "3:21: too much on the line: found 'x', expected the end"),
+        (
+            3,
+            "stage 0 on device 0 x",
+            "3:21: bad stage line: found 'x', expected 'recompute' or the end",
+        ),
         (3, "stage 0 on device 2", "3:19: stage on a device without a row: found '2', expected 0"),
         (4, "embed", "4:1: unknown line: found 'embed', expected 'stage', 'device' or an indented"),
         (4, "\twte x", "4:6: too much on the line: found 'x', expected the end of the line"),

@@ -1,0 +1,102 @@
+"""Whatever partition, placement, order, split and recomputation: the gradient is the plain one."""
+
+import functools
+from random import Random
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxptis.cluster import Cluster
+from jaxptis.compile import Options, analyse, build
+from jaxptis.executor import steps
+from jaxptis.executor.compiled import Compiler
+from jaxptis.placement import Placement, aval_of
+from tests.random_plans import random_plan
+from tests.small_models import IN, WIDTH, assert_close, block, block_params, matrix, normal
+
+NUM_MICROBATCHES = 3
+DEVICES = 4
+PLANS, CHUNKS = 200, 2
+
+
+def make_params(seed):
+    """Return the parameters of six layers, the last of which shares `table` with the first."""
+    return {
+        "table": matrix(seed, IN, WIDTH),
+        "blocks": [block_params(seed + i) for i in range(4)],
+        "bias": normal(seed, WIDTH),
+    }
+
+
+def make_batch(seed):
+    size = 2 * NUM_MICROBATCHES
+    return {"x": normal(seed, size, IN), "y": normal(seed + 1, size, IN)}
+
+
+def loss_fn(params, batch):
+    """Residual blocks, with a value that skips to the third and one parameter at both ends."""
+    x = start = batch["x"] @ params["table"]
+    for i, p in enumerate(params["blocks"]):
+        x = block(p, x + start * params["bias"]) if i == 2 else block(p, x)
+    return jnp.mean((x @ params["table"].T - batch["y"]) ** 2)
+
+
+@functools.cache
+def analysis():
+    types = jax.tree.map(aval_of, (make_params(0), make_batch(0)))
+    devices = tuple(jax.devices()[:DEVICES])
+    return analyse(
+        loss_fn,
+        *types,
+        Options(
+            num_microbatches=NUM_MICROBATCHES,
+            devices=devices,
+            strategy="1f1b",
+            batch_axes=0,
+            has_aux=False,
+            cluster=Cluster.of(devices),
+            dump_to=None,
+        ),
+    )
+
+
+@functools.cache
+def compiler():
+    """Return one compiler for all plans, so that equal stages are compiled once."""
+    return Compiler(jax.devices()[:DEVICES])
+
+
+@functools.cache
+def wanted(seed):
+    params, batch = make_params(seed), make_batch(seed)
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params, batch)
+    return jax.tree.leaves(params), jax.tree.leaves(batch), loss, jax.tree.leaves(grads)
+
+
+def check(plan):
+    """Compare with the plain gradient, twice, with other weights and data."""
+    pipeline = build(analysis(), plan)
+    executable = steps.gradient_step(pipeline, compiler())
+    homes = pipeline.homes, steps.batch_copies(pipeline).homes
+    for seed in 0, 1000:
+        params, batch, want, want_grads = wanted(seed)
+        buffers = []
+        for each, leaves in zip(homes, (params, batch), strict=True):
+            placement = Placement(each, compiler().devices)
+            buffers += placement.buffers(placement.put(leaves))
+        loss, *grads = executable(buffers)
+        assert_close(loss, want, rtol=1e-5)
+        assert_close(grads, want_grads, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_plans_give_the_plain_gradient(chunk):
+    layers = [layer.name for layer in analysis().graph.layers]
+    assert len(layers) == 6
+    kinds = set()
+    for seed in range(chunk, PLANS, CHUNKS):
+        plan = random_plan(Random(seed), layers=layers, num_microbatches=NUM_MICROBATCHES)
+        kinds.update(task.kind for row in plan.schedule for task in row)
+        check(plan)
+    assert kinds == set("FBIW")
