@@ -8,14 +8,28 @@ from jaxptis.cluster import DeviceSpec
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """Seconds that a layer takes for one microbatch."""
+    """Seconds that a layer takes for one microbatch.
+
+    Attributes:
+        name: the layer's.
+        forward_s: of a forward, F.
+        backward_s: of a whole backward, B: its own figure, since splitting may have a price.
+        input_grad_s: of the input gradient of a split backward, I.
+        weight_grad_s: of the weight gradient of a split backward, W.
+
+    Raises:
+        ValueError: seconds are negative or not finite.
+    """
 
     name: str
     forward_s: float
     backward_s: float
+    input_grad_s: float
+    weight_grad_s: float
 
     def __post_init__(self) -> None:
-        for what, seconds in ("forward_s", self.forward_s), ("backward_s", self.backward_s):
+        for what in "forward_s", "backward_s", "input_grad_s", "weight_grad_s":
+            seconds = getattr(self, what)
             if not (math.isfinite(seconds) and seconds >= 0):
                 raise ValueError(
                     f"{what} of layer {self.name!r} is {seconds}; use finite seconds of 0 or more"
@@ -32,7 +46,7 @@ class Costs:
         """Return the seconds of one task of a stage that holds the layers of these indices.
 
         Raises:
-            ValueError: `kind` is not F or B.
+            ValueError: `kind` is not F, B, I or W.
         """
         layers = (self.layers[index] for index in stage_layers)
         match kind:
@@ -40,7 +54,11 @@ class Costs:
                 return sum(layer.forward_s for layer in layers)
             case "B":
                 return sum(layer.backward_s for layer in layers)
-        raise ValueError(f"layer costs have kinds F and B, not {kind!r}; use a plan of F and B")
+            case "I":
+                return sum(layer.input_grad_s for layer in layers)
+            case "W":
+                return sum(layer.weight_grad_s for layer in layers)
+        raise ValueError(f"task kind {kind!r} is not known; use one of F, B, I, W")
 
 
 def roofline_s(flops: float, bytes_accessed: float, device: DeviceSpec) -> float:

@@ -19,6 +19,9 @@ def estimate(layers: Sequence[LayerWork], device: DeviceSpec) -> Costs:
                 name=layer.name,
                 forward_s=seconds(layer.forward),
                 backward_s=seconds(layer.backward),
+                # Until the work of the split is counted: half and half.
+                input_grad_s=seconds(layer.backward) / 2,
+                weight_grad_s=seconds(layer.backward) / 2,
             )
             for layer in layers
         )
