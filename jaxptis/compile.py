@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +14,16 @@ from jaxptis.executor.programs import BatchLeaf
 from jaxptis.optimizer import balance
 from jaxptis.performance import Costs, Timeline, simulate
 from jaxptis.performance.estimate import estimate
-from jaxptis.plan import Plan, StagePlan
-from jaxptis.schedules import FAMILIES, schedule
+from jaxptis.plan import Plan, Schedule, StagePlan, schedule_from_csv
+from jaxptis.plan.csv import placement_of
+from jaxptis.schedules import (
+    FAMILIES,
+    StageCosts,
+    check_fills_stages,
+    names_family,
+    placement,
+    schedule,
+)
 from passes import PROGRAM_PASSES
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
@@ -224,27 +233,67 @@ def make_plan(layers: Sequence[str], costs: Costs, options: Options) -> Plan:
       ValueError: the strategy is not known, or the plan does not fit the model or the devices.
     """
     strategy = options.strategy
-    num_devices = len(options.devices)
-    if isinstance(strategy, str) and strategy in FAMILIES:
-        if num_devices > len(layers):
-            raise ValueError(
-                f"{len(layers)} layers cannot fill {num_devices} stages, one a device; pass "
-                f"{len(layers)} devices or fewer (layers inside one scan, loop or checkpoint "
-                "count as one)"
-            )
-        seconds = [cost.forward_s + cost.backward_s for cost in costs.layers]
-        edges = balance(seconds, num_devices)
-        stages = [tuple(layers[a:b]) for a, b in pairwise(edges)]
-        rows = schedule(
-            strategy, num_devices=num_devices, num_microbatches=options.num_microbatches
-        )
-        return Plan(
-            stages=tuple(StagePlan(layers=s, device=d) for d, s in enumerate(stages)),
-            schedule=rows,
-        )
-    plan = strategy if isinstance(strategy, Plan) else _load_plan(strategy)
+    if isinstance(strategy, str) and names_family(strategy):
+        return _named_plan(strategy, layers, costs, options)
+    if not isinstance(strategy, Plan) and str(strategy).endswith(".csv"):
+        plan = _csv_plan(strategy, layers, costs)
+    else:
+        plan = strategy if isinstance(strategy, Plan) else _load_plan(strategy)
     _check_plan(plan, layers, options)
     return plan
+
+
+def _named_plan(strategy: str, layers: Sequence[str], costs: Costs, options: Options) -> Plan:
+    num_devices = len(options.devices)
+    check_fills_stages(strategy, num_devices=num_devices, num_layers=len(layers))
+    devices = placement(strategy, num_devices=num_devices)
+    edges = _balance(costs, len(devices))
+    ranges = [range(start, end) for start, end in pairwise(edges)]
+    rows = schedule(
+        strategy,
+        num_devices=num_devices,
+        num_microbatches=options.num_microbatches,
+        costs=StageCosts(
+            forward_s=tuple(costs.task_s(each, "F") for each in ranges),
+            backward_s=tuple(costs.task_s(each, "B") for each in ranges),
+            input_grad_s=tuple(costs.task_s(each, "I") for each in ranges),
+            weight_grad_s=tuple(costs.task_s(each, "W") for each in ranges),
+        ),
+    )
+    return _assemble(layers, edges, devices, rows)
+
+
+def _csv_plan(path: str | PathLike[str], layers: Sequence[str], costs: Costs) -> Plan:
+    """Place stages where the rows have them, and balance the layers over them."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"strategy {path!r} cannot be read; give the path of a file") from error
+    rows = schedule_from_csv(text, source=str(path))
+    try:
+        devices = placement_of(rows)
+        if len(layers) < len(devices):
+            raise ValueError(
+                f"{len(layers)} layers cannot fill its {len(devices)} stages; use a schedule of "
+                f"{len(layers)} stages or fewer"
+            )
+        return _assemble(layers, _balance(costs, len(devices)), devices, rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _balance(costs: Costs, num_stages: int) -> tuple[int, ...]:
+    return balance([cost.forward_s + cost.backward_s for cost in costs.layers], num_stages)
+
+
+def _assemble(
+    layers: Sequence[str], edges: Sequence[int], devices: Sequence[int], rows: Schedule
+) -> Plan:
+    stages = (
+        StagePlan(layers=tuple(layers[start:end]), device=device)
+        for (start, end), device in zip(pairwise(edges), devices, strict=True)
+    )
+    return Plan(stages=tuple(stages), schedule=rows)
 
 
 def _load_plan(strategy: str | PathLike[str]) -> Plan:

@@ -1,6 +1,7 @@
 """Random valid plans, for tests of everything that takes a plan."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 
 from hypothesis import strategies as st
@@ -53,7 +54,7 @@ def _cut(rng: Random, layers: Sequence[str], most: int) -> list[tuple[str, ...]]
     num_cuts = rng.randint(0, min(most, len(layers)) - 1)
     cuts = sorted(rng.sample(range(1, len(layers)), num_cuts))
     edges = [0, *cuts, len(layers)]
-    return [tuple(layers[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [tuple(layers[a:b]) for a, b in pairwise(edges)]
 
 
 def plans(*, split: bool = True) -> st.SearchStrategy[Plan]:

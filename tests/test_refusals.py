@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxptis
 from jaxptis.plan import Plan, StagePlan
-from jaxptis.schedules import schedule
+from jaxptis.schedules import FAMILIES, schedule
 from tests.small_models import IN, OUT, WIDTH, loss_fn, make_batch, make_params
 
 
@@ -334,7 +334,8 @@ def test_malformed_plan_file(tmp_path, old, new, place, wrong):
 
 def test_strategy_that_is_not_known():
     refuse(
-        "strategy '1f1p' is neither a schedule \\(gpipe, 1f1b\\) nor the path of a plan file; "
+        f"strategy '1f1p' is neither a schedule \\({', '.join(FAMILIES)}\\) nor the path of a plan "
+        "file; "
         r"change it, or write the file with plan.save\(path\)",
         make_pipelined(strategy="1f1p"),
     )

@@ -8,7 +8,18 @@ from jaxptis.cluster import DeviceSpec
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """Seconds that a layer takes for one microbatch."""
+    """Seconds that a layer takes for one microbatch.
+
+    Attributes:
+        name: the layer's.
+        forward_s: of a forward, F.
+        backward_s: of a whole backward, B: its own figure, since splitting may have a price.
+        input_grad_s: of the input gradient of a split backward, I.
+        weight_grad_s: of the weight gradient of a split backward, W.
+
+    Raises:
+        ValueError: seconds are negative or not finite.
+    """
 
     name: str
     forward_s: float
@@ -32,9 +43,22 @@ class Costs:
     layers: tuple[LayerCost, ...]
 
     def task_s(self, stage_layers: range, kind: str) -> float:
-        """Return the seconds of one task of a stage that holds the layers of these indices."""
-        what = {"F": "forward_s", "B": "backward_s", "I": "input_grad_s", "W": "weight_grad_s"}
-        return sum(getattr(self.layers[index], what[kind]) for index in stage_layers)
+        """Return the seconds of one task of a stage that holds the layers of these indices.
+
+        Raises:
+            ValueError: `kind` is not F, B, I or W.
+        """
+        layers = (self.layers[index] for index in stage_layers)
+        match kind:
+            case "F":
+                return sum(layer.forward_s for layer in layers)
+            case "B":
+                return sum(layer.backward_s for layer in layers)
+            case "I":
+                return sum(layer.input_grad_s for layer in layers)
+            case "W":
+                return sum(layer.weight_grad_s for layer in layers)
+        raise ValueError(f"task kind {kind!r} is not known; use one of F, B, I, W")
 
 
 def roofline_s(flops: float, bytes_accessed: float, device: DeviceSpec) -> float:
