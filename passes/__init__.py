@@ -1,9 +1,11 @@
 """Everything that touches a jaxpr. Nothing here knows of plans or devices' schedules."""
 
 from passes.drop_dead import drop_dead
+from passes.hoist import hoist
 from passes.inline_calls import inline_calls
 
 PROGRAM_PASSES = (
     inline_calls,  # first: calls hide the layers of a jitted model
-    drop_dead,  # after it: what a caller of an inlined body did not use is now visible
+    hoist,  # after it: what a remat returns is read in the open now
+    drop_dead,  # last: what a caller of an inlined body did not use is now visible
 )

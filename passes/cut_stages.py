@@ -9,6 +9,9 @@ from passes.layers import LayerGraph
 from passes.program import Program
 from passes.stages import Crossing, Stage, Stages
 
+# Float to float, but without a gradient.
+_NO_GRADIENT = ("stop_gradient", "sign", "floor", "ceil", "round")
+
 
 def cut_stages(graph: LayerGraph, boundaries: Sequence[int]) -> Stages:
     """Cut the program of `graph`.
@@ -56,16 +59,36 @@ def _stage_of_values(graph: LayerGraph, boundaries: Sequence[int]) -> dict[Var, 
 def _crossings(graph: LayerGraph, made_in: dict[Var, int]) -> dict[Var, Crossing]:
     """Return the activations that are read in a later stage than their own."""
     eqns = graph.program.jaxpr.eqns
+    differentiated = _differentiated(graph.program)
     consumers: dict[Var, set[int]] = {}
+    moving: set[Var] = set()
     for i in graph.activations:
         s = made_in[eqns[i].outvars[0]]
         for v in jaxprs.reads(eqns[i]):
             if made_in.get(v, s) != s:
                 consumers.setdefault(v, set()).add(s)
+                if i in differentiated and jaxprs.is_float(v.aval):
+                    moving.add(v)
     return {
-        v: Crossing(producer=made_in[v], consumers=tuple(sorted(stages)), aval=v.aval)
+        v: Crossing(
+            producer=made_in[v],
+            consumers=tuple(sorted(stages)),
+            aval=v.aval,
+            has_gradient=v in moving,
+        )
         for v, stages in consumers.items()
     }
+
+
+def _differentiated(program: Program) -> set[int]:
+    """Return the indices of the equations through which a gradient flows back from the loss."""
+    reached = {v for v in program.jaxpr.outvars[:1] if isinstance(v, Var)}
+    found = set()
+    for i, eqn in reversed(list(enumerate(program.jaxpr.eqns))):
+        if not reached.isdisjoint(eqn.outvars) and eqn.primitive.name not in _NO_GRADIENT:
+            found.add(i)
+            reached.update(v for v in jaxprs.reads(eqn) if jaxprs.is_float(v.aval))
+    return found
 
 
 def _stage(

@@ -1,42 +1,23 @@
 """Find the layers of a model: they lie between the places where its dataflow narrows.
 
-Every value of the program is one of three kinds: it depends on parameters only, on the batch (or on
-constants) only, or on both. Those that depend on both are the activations, and only they ever
-cross from one stage to the next: the other two are computed again where they are read. Walking the
-equations that make activations, in order, and adding up the bytes of the live ones, the sum falls
-to a narrow waist between blocks: the residual stream. A layer is what lies between two waists and
-reads a parameter in something heavier than elementwise arithmetic. Names play no part: they only
-label.
+What depends on parameters only, on the batch (or on constants) only, or is a light combination of
+the two, is computed again where it is read. All else are the activations, and only they ever cross
+from one stage to the next. Walking the equations that make activations, in order, and adding up the
+bytes of the live ones, the sum falls to a narrow waist between blocks: the residual stream. A layer
+is what lies between two waists and reads a parameter in something heavier than elementwise
+arithmetic. Names play no part: they only label.
 """
 
 import collections
 import dataclasses
-import enum
 import itertools
 from collections.abc import Iterator, Sequence
 
 from passes import jaxprs
 from passes.jaxprs import JaxprEqn, Var
+from passes.origins import BOTH, Origin, find_origins
 from passes.program import Program
-
-# Reading a parameter in one of these (a bias, the scale of a norm) does not make a layer.
-_LIGHT = frozenset(
-    """
-    add add_any sub mul div max min pow neg select_n convert_element_type broadcast_in_dim
-    reshape squeeze expand_dims transpose concatenate
-    """.split()  # noqa: SIM905
-)
-
-
-class Origin(enum.Flag):
-    """What a value is computed from."""
-
-    NOTHING = 0
-    PARAMS = enum.auto()
-    BATCH = enum.auto()
-
-
-ACTIVATION = Origin.PARAMS | Origin.BATCH
+from passes.waists import Dataflow, Waist
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,18 +80,13 @@ def find_layers(program: Program) -> LayerGraph:
     """
     origins = find_origins(program)
     eqns = program.jaxpr.eqns
-    activations = tuple(i for i, e in enumerate(eqns) if _origin(e, origins) == ACTIVATION)
+    # A loss that is light all through has no activations; then it is one layer.
+    activations = _made_of(Origin.ACTIVATION, eqns, origins) or _made_of(BOTH, eqns, origins)
     if not activations:
         raise ValueError("the loss does not depend on both the parameters and the batch")
     body = [eqns[i] for i in activations]
-    heavy = [
-        i
-        for i, eqn in enumerate(body)
-        if eqn.primitive.name not in _LIGHT
-        and any(origins[v] == Origin.PARAMS for v in jaxprs.reads(eqn))
-    ]
-    waists = _waists(body, origins, heavy)
-    cuts = [_best_cut(gap) for gap in _gaps(waists, heavy) if gap]
+    flow = Dataflow(body, origins)
+    cuts = [_best_cut(gap) for gap in _gaps(flow.waists(), body, flow.heavy) if gap]
     edges = [0, *cuts, len(body)]
     params = _params_behind(program, origins)
     reads = [
@@ -125,88 +101,26 @@ def find_layers(program: Program) -> LayerGraph:
     return LayerGraph(program=program, activations=activations, layers=layers)
 
 
-def find_origins(program: Program) -> dict[Var, Origin]:
-    """Return what each value of the program is computed from."""
-    origins = dict.fromkeys(program.constant_vars, Origin.BATCH)
-    origins.update(dict.fromkeys(program.batch_vars, Origin.BATCH))
-    origins.update(dict.fromkeys(program.param_vars, Origin.PARAMS))
-    for eqn in program.jaxpr.eqns:
-        origins.update(dict.fromkeys(eqn.outvars, _origin(eqn, origins)))
-    return origins
+def _made_of(
+    origin: Origin, eqns: Sequence[JaxprEqn], origins: dict[Var, Origin]
+) -> tuple[int, ...]:
+    """Return the indices of the equations that make values of this origin."""
+    return tuple(i for i, e in enumerate(eqns) if any(origin in origins[v] for v in e.outvars))
 
 
-def _origin(eqn: JaxprEqn, origins: dict[Var, Origin]) -> Origin:
-    origin = Origin.NOTHING
-    for v in jaxprs.reads(eqn):
-        origin |= origins[v]
-    return origin
+def _gaps(
+    waists: Sequence[Waist], body: Sequence[JaxprEqn], heavy: Sequence[int]
+) -> Iterator[list[Waist]]:
+    """Yield, for each two neighbouring heavy equations, the waists between them.
 
-
-@dataclasses.dataclass(frozen=True)
-class _Waist:
-    position: int  # between equations position - 1 and position
-    live_bytes: int
-
-
-def _waists(
-    body: Sequence[JaxprEqn], origins: dict[Var, Origin], heavy: Sequence[int]
-) -> list[_Waist]:
-    """Return the positions where the dataflow is narrow.
-
-    It is narrow where a single activation is live. It is also narrow, with several live (an
-    auxiliary loss that is carried along, an encoder's output), where on both sides the live bytes
-    triple before they fall lower: within a block, where queries, keys and values stand
-    beside the residual stream, they do not.
+    Two lookups in a row (of tokens, of their positions) belong together.
     """
-    lives = list(_live_activations(body, origins))
-    level = [jaxprs.nbytes(v.aval for v in live) for live in lives]
-    # While an equation runs, its inputs and its outputs are both live.
-    during = [
-        jaxprs.nbytes(v.aval for v in {*before, *eqn.outvars, *after})
-        for eqn, before, after in zip(body, [set(), *lives], lives, strict=False)
-    ]
-    between = range(heavy[0] + 1, heavy[-1] + 1) if heavy else range(0)
-    found = []
-    for p in between:
-        here = level[p - 1]
-        peak = min(
-            _peak(here, during[p - 1 :: -1], level[p - 2 :: -1] if p > 1 else []),
-            _peak(here, during[p:], level[p:]),
-        )
-        if len(lives[p - 1]) == 1 or peak >= 3 * here:
-            found.append(_Waist(p, here))
-    return found
-
-
-def _live_activations(body: Sequence[JaxprEqn], origins: dict[Var, Origin]) -> Iterator[set[Var]]:
-    """Yield the activations that are live after each equation."""
-    last_read: dict[Var, int] = {}
-    for i, eqn in enumerate(body):
-        last_read.update((v, i) for v in jaxprs.reads(eqn) if origins[v] == ACTIVATION)
-    live: set[Var] = set()
-    for i, eqn in enumerate(body):
-        live |= {v for v in eqn.outvars if last_read.get(v, -1) > i}
-        live -= {v for v in jaxprs.reads(eqn) if last_read.get(v) == i}
-        yield set(live)
-
-
-def _peak(here: int, during: Sequence[int], level: Sequence[int]) -> float:
-    """Return the most bytes live before the level falls below `here`; the end is a wall."""
-    peak = 0
-    for high, low in zip(during, level, strict=False):
-        peak = max(peak, high)
-        if low < here:
-            return peak
-    return float("inf")
-
-
-def _gaps(waists: Sequence[_Waist], heavy: Sequence[int]) -> Iterator[list[_Waist]]:
-    """Yield, for each two neighbouring heavy equations, the waists between them."""
     for a, b in itertools.pairwise(heavy):
-        yield [w for w in waists if a < w.position <= b]
+        if not body[a].primitive.name == body[b].primitive.name == "gather":
+            yield [w for w in waists if a < w.position <= b]
 
 
-def _best_cut(gap: Sequence[_Waist]) -> int:
+def _best_cut(gap: Sequence[Waist]) -> int:
     """Return the narrowest waist; of equals the end of the first straight run.
 
     A bias and an activation function then stay with the matmul before them, and a norm goes with
@@ -223,13 +137,12 @@ def _best_cut(gap: Sequence[_Waist]) -> int:
 
 
 def _params_behind(program: Program, origins: dict[Var, Origin]) -> dict[Var, frozenset[int]]:
-    """Return, for each value, the parameters it is computed from without the batch."""
+    """Return, for each value but activations, the parameters that it is computed from."""
     behind: dict[Var, frozenset[int]] = collections.defaultdict(frozenset)
     behind.update((v, frozenset([i])) for i, v in enumerate(program.param_vars))
     for eqn in program.jaxpr.eqns:
-        if _origin(eqn, origins) == Origin.PARAMS:
-            params = frozenset().union(*(behind[v] for v in jaxprs.reads(eqn)))
-            behind.update((v, params) for v in eqn.outvars)
+        params = frozenset().union(*(behind[v] for v in jaxprs.reads(eqn)))
+        behind.update((v, params) for v in eqn.outvars if Origin.ACTIVATION not in origins[v])
     return behind
 
 

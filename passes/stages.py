@@ -20,15 +20,13 @@ class Crossing:
       producer: the stage that computes it.
       consumers: the stages that read it, ascending; it is sent to each of them.
       aval: its shape and dtype.
+      has_gradient: whether the loss has a gradient with respect to what the consumers read.
     """
 
     producer: int
     consumers: tuple[int, ...]
     aval: Any
-
-    @property
-    def has_gradient(self) -> bool:
-        return jaxprs.is_float(self.aval)
+    has_gradient: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 from passes import jaxprs
-from passes.layers import Origin, find_layers, find_origins
+from passes.layers import find_layers
+from passes.origins import BOTH, Origin, find_origins
 from tests.passes.on_host import layers_of, program_of
 from tests.passes.small_models import MODELS, array, case, mlp, norm, tokens
 
@@ -232,11 +233,12 @@ def test_a_loss_without_activations_is_refused(loss_fn):
 def test_origins():
     def loss(p, batch):
         weight, mask, table = jnp.tanh(p), batch > 0, jnp.arange(4.0)
-        return jnp.sum(jnp.where(mask, weight, 0) * jnp.sin(table)), (weight, mask, table)
+        bias = jnp.where(mask, weight, 0)  # light: no activation
+        return jnp.sum(bias * jnp.sin(table)), (weight, mask, table, bias)
 
     program = program_of(loss, array(4), array(4), has_aux=True)
     origins = find_origins(program)
-    expected = [Origin.PARAMS | Origin.BATCH, Origin.PARAMS, Origin.BATCH, Origin.NOTHING]
+    expected = [BOTH | Origin.ACTIVATION, Origin.PARAMS, Origin.BATCH, Origin.NOTHING, BOTH]
     assert [origins[v] for v in program.jaxpr.outvars] == expected
 
 
