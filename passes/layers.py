@@ -156,7 +156,8 @@ def _waists(
     It is narrow where a single activation is live. It is also narrow, with several live (an
     auxiliary loss that is carried along, an encoder's output), where on both sides the live bytes
     triple before they fall lower: within a block, where queries, keys and values stand
-    beside the residual stream, they do not.
+    beside the residual stream, they do not. And it is narrow between two heavy equations that read
+    the same value, if beside that value hardly anything is live: what the slices of a head carry.
     """
     lives = list(_live_activations(body, origins))
     level = [jaxprs.nbytes(v.aval for v in live) for live in lives]
@@ -165,15 +166,17 @@ def _waists(
         jaxprs.nbytes(v.aval for v in {*before, *eqn.outvars, *after})
         for eqn, before, after in zip(body, [set(), *lives], lives, strict=False)
     ]
-    between = range(heavy[0] + 1, heavy[-1] + 1) if heavy else range(0)
+    between = [(p, a, b) for a, b in itertools.pairwise(heavy) for p in range(a + 1, b + 1)]
     found = []
-    for p in between:
+    for p, a, b in between:
         here = level[p - 1]
+        both = lives[p - 1].intersection(jaxprs.reads(body[a])).intersection(jaxprs.reads(body[b]))
+        shared = max((jaxprs.nbytes([v.aval]) for v in both), default=0)
         peak = min(
             _peak(here, during[p - 1 :: -1], level[p - 2 :: -1] if p > 1 else []),
             _peak(here, during[p:], level[p:]),
         )
-        if len(lives[p - 1]) == 1 or peak >= 3 * here:
+        if len(lives[p - 1]) == 1 or peak >= 3 * here or 5 * shared >= 4 * here:
             found.append(_Waist(p, here))
     return found
 
