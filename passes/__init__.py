@@ -2,8 +2,10 @@
 
 from passes.drop_dead import drop_dead
 from passes.inline_calls import inline_calls
+from passes.slice_head import slice_head
 
 PROGRAM_PASSES = (
     inline_calls,  # first: calls hide the layers of a jitted model
     drop_dead,  # after it: what a caller of an inlined body did not use is now visible
+    slice_head,  # last: it follows all that reads the logits, through calls, and nothing dead
 )
