@@ -17,12 +17,14 @@ class Program:
       constants: values of the arrays that the function closes over.
       params: path of each parameter, such as `layers/0/mlp/kernel`.
       batch: path of each leaf of the batch.
+      head_slices: parts of the vocabulary into which `slice_head` is to cut the head.
     """
 
     jaxpr: Jaxpr
     constants: tuple[Any, ...]
     params: tuple[str, ...]
     batch: tuple[str, ...]
+    head_slices: int = 1
 
     def __post_init__(self) -> None:
         self.check()
