@@ -2,8 +2,12 @@
 
 from passes.drop_dead import drop_dead
 from passes.inline_calls import inline_calls
+from passes.peel_scans import peel_scans
+from passes.split_params import split_params
 
 PROGRAM_PASSES = (
     inline_calls,  # first: calls hide the layers of a jitted model
-    drop_dead,  # after it: what a caller of an inlined body did not use is now visible
+    peel_scans,  # after it: a loop over layers may stand in a call
+    drop_dead,  # after both: what a caller of an inlined body did not use is now visible
+    split_params,  # last: every equation that reads a parameter counts
 )
