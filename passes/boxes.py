@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 Box = tuple[tuple[int, int], ...]
+Pieces = tuple[Box, ...]  # of one array
 T = TypeVar("T")
 
 

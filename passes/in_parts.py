@@ -14,15 +14,14 @@ from typing import Any
 import jax
 
 from passes import jaxprs
-from passes.boxes import Box, assemble, meet, sizes, whole
+from passes.boxes import Box, Pieces, assemble, meet, sizes, whole
 from passes.jaxprs import Jaxpr, JaxprEqn, Literal, Var
 from passes.narrow import Narrowed, narrow
 
 Atom = Var | Literal
-Pieces = tuple[Box, ...]
 
-# How to reduce what parts were reduced to.
-_COMBINE: dict[str, Callable[[Any, Any], Any]] = {
+# How to combine what parts were reduced to.
+REDUCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "reduce_and": jax.lax.bitwise_and,
     "reduce_max": jax.lax.max,
     "reduce_min": jax.lax.min,
@@ -39,7 +38,7 @@ class Demands:
     Attributes:
       jaxpr: the whole.
       outputs: the boxes that are wanted of each result.
-      pieces: values that are only ever computed, or given, in these parts.
+      pieces: values, inputs among them, that only ever exist in these parts.
       boxes: what is read of each value; values that nobody reads are missing.
       ways: for each result of an equation that can be computed in parts, how, by box.
     """
@@ -63,7 +62,7 @@ def find_demands(
     Args:
       jaxpr: the whole.
       outputs: the boxes that are wanted of each result.
-      pieces: values that are only ever computed, or given, in these parts.
+      pieces: values, inputs among them, that only ever exist in these parts.
       through: whether an equation may be computed in parts.
     """
     boxes: dict[Var, dict[Box, None]] = {}
@@ -106,15 +105,12 @@ def find_demands(
     )
 
 
-def compute_demands(demands: Demands, inputs: Sequence[Pieces | None]) -> Jaxpr:
+def compute_demands(demands: Demands) -> Jaxpr:
     """Return a jaxpr that computes the boxes that are wanted of the results, and nothing else.
 
-    Args:
-      demands: what to compute.
-      inputs: for each input the boxes that it is given in, each an input of its own; None for
-        inputs that stay as they are.
+    Every piece of an input, and every box of a result, is an input or result of its own.
     """
-    writer = _Writer(demands, inputs)
+    writer = _Writer(demands)
     for eqn in demands.jaxpr.eqns:
         writer.write(eqn)
     outvars = [
@@ -130,15 +126,15 @@ def compute_demands(demands: Demands, inputs: Sequence[Pieces | None]) -> Jaxpr:
 class _Writer:
     """Writes equations, and knows which variable holds which box of which value."""
 
-    def __init__(self, demands: Demands, inputs: Sequence[Pieces | None]) -> None:
+    def __init__(self, demands: Demands) -> None:
         self.equations: list[JaxprEqn] = []
         self.invars: list[Var] = []
         self._demands = demands
         self._values: dict[Var, dict[Box, Atom]] = {}
-        for v, pieces in zip(demands.jaxpr.invars, inputs, strict=True):
+        for v in demands.jaxpr.invars:
             held = {whole(jaxprs.shape_of(v)): v}
-            if pieces is not None:
-                held = {box: jaxprs.variable_like(v, sizes(box)) for box in pieces}
+            if v in demands.pieces:
+                held = {box: jaxprs.variable_like(v, sizes(box)) for box in demands.pieces[v]}
             self._values[v] = dict(held)
             self.invars += held.values()
 
@@ -172,18 +168,18 @@ class _Writer:
         if way.is_read:
             return self.read(*pairs[0])
         parts = [pairs]
-        if eqn.primitive.name in _COMBINE:
+        if eqn.primitive.name in REDUCTIONS:
             parts = [[(v, each)] for v, r in pairs for each in self._reduced_alike(eqn, v, r)]
         values: list[Atom] = []
         for part in parts:
             args = [self.read(*pair) for pair in part]
-            new = jaxprs.resized(eqn, invars=args, shape=sizes(box), **way.params)
+            new = jaxprs.resized(eqn, invars=args, shape=sizes(box), params=way.params)
             self.equations.append(new)
             values.append(new.outvars[result])
         if len(values) == 1:
             return values[0]
         return self._apply(
-            functools.partial(functools.reduce, _COMBINE[eqn.primitive.name]), values
+            functools.partial(functools.reduce, REDUCTIONS[eqn.primitive.name]), values
         )
 
     def _reduced_alike(self, eqn: JaxprEqn, v: Atom, box: Box) -> Pieces:

@@ -269,9 +269,13 @@ def variable_like(var: Var, shape: Sequence[int]) -> Var:
 
 
 def resized(
-    eqn: JaxprEqn, *, invars: Sequence[Var | Literal], shape: Sequence[int], **params: Any
+    eqn: JaxprEqn,
+    *,
+    invars: Sequence[Var | Literal],
+    shape: Sequence[int],
+    params: Mapping[str, Any],
 ) -> JaxprEqn:
-    """Return `eqn` on other inputs, with new results of another shape and other `params`."""
+    """Return `eqn` on other inputs, with new results of another shape; `params` change."""
     outvars = [variable_like(v, shape) for v in eqn.outvars]
     return eqn.replace(invars=list(invars), outvars=outvars, params={**eqn.params, **params})
 

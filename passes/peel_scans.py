@@ -8,7 +8,7 @@ share.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ def _peel_outermost(program: Program) -> tuple[Jaxpr, list[Any]]:
     for index, eqn in enumerate(program.jaxpr.eqns):
         scan = jaxprs.scan_of(eqn)
         if scan is not None and scan.length and _is_layer_loop(eqn, scan, weights, of_batch):
-            bodies[index], new, _ = jaxprs.trace(_unrolled(scan), *jaxprs.avals(eqn.invars))
+            bodies[index], new, _ = jaxprs.trace(unrolled(scan), *jaxprs.avals(eqn.invars))
             constants += new
     return (jaxprs.splice(program.jaxpr, bodies) if bodies else program.jaxpr), constants
 
@@ -85,7 +85,7 @@ def _multiplies(
     return False
 
 
-def _unrolled(scan: Scan) -> Any:
+def unrolled(scan: Scan) -> Callable[..., list[Any]]:
     """Return a function that does what `scan` does, one iteration after the other."""
 
     def run(*args: Any) -> list[Any]:

@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
+import jax
+
 from passes import jaxprs
-from passes.boxes import Box, index_text, sizes
+from passes.boxes import Box, Pieces, index_text, sizes
 from passes.jaxprs import Jaxpr, Var
 
 
@@ -55,6 +57,27 @@ class Program:
     def params(self) -> tuple[str, ...]:
         """The name of each parameter: its path, with an index behind that of a part."""
         return tuple(source.path + source.index for source in self.sources)
+
+    @property
+    def leaves(self) -> tuple[tuple[int, ...], ...]:
+        """The parameters that are parts of each of the user's leaves."""
+        parts: dict[int, list[int]] = {}
+        for p, source in enumerate(self.sources):
+            parts.setdefault(source.leaf, []).append(p)
+        return tuple(map(tuple, parts.values()))
+
+    @property
+    def pieces(self) -> tuple[Pieces, ...]:
+        """The boxes of these parts; a single one for a leaf that is whole."""
+        return tuple(tuple(self.sources[p].box for p in parts) for parts in self.leaves)
+
+    @property
+    def leaf_avals(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The types of the user's leaves."""
+        avals = jaxprs.avals(self.param_vars)
+        return tuple(
+            jax.ShapeDtypeStruct(self.sources[p].shape, avals[p].dtype) for p, *_ in self.leaves
+        )
 
     @property
     def constant_vars(self) -> list[Var]:

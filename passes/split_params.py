@@ -3,8 +3,8 @@
 import dataclasses
 
 from passes import jaxprs
-from passes.boxes import partition, shifted, whole
-from passes.in_parts import Pieces, compute_demands, find_demands
+from passes.boxes import Pieces, partition, shifted, whole
+from passes.in_parts import compute_demands, find_demands
 from passes.jaxprs import Var
 from passes.program import Program
 
@@ -33,9 +33,7 @@ def split_params(program: Program) -> Program:
             pieces[v] = tuple(parts)
     if not pieces:
         return program
-    split = compute_demands(
-        dataclasses.replace(demands, pieces=pieces), [pieces.get(v) for v in jaxpr.invars]
-    )
+    split = compute_demands(dataclasses.replace(demands, pieces=pieces))
     sources = [
         dataclasses.replace(source, box=shifted(piece, [start for start, _ in source.box]))
         for source, v in zip(program.sources, program.param_vars, strict=True)
