@@ -41,9 +41,12 @@ def narrow(eqn: JaxprEqn, result: int, box: Box) -> Narrowed | None:
 
 
 def _elementwise(eqn: JaxprEqn, result: int, box: Box) -> Narrowed:
-    shape = shape_of(eqn.outvars[0])
+    """A scalar is read whole, and so is an axis of size 1, along which an operand is repeated."""
     return Narrowed(
-        reads=tuple(box if shape_of(v) == shape else whole(shape_of(v)) for v in eqn.invars)
+        reads=tuple(
+            tuple((0, 1) if n == 1 else span for n, span in zip(shape_of(v), box, strict=False))
+            for v in eqn.invars
+        )
     )
 
 
