@@ -2,9 +2,20 @@
 
 from jaxptis.cluster import Cluster, DeviceSpec
 from jaxptis.decorator import pipeline
+from jaxptis.parts import Parts, whole
 from jaxptis.pipelined import Pipelined
 from jaxptis.plan import Plan
 from jaxptis.train_step import TrainState
 from jaxptis.trainer import Trainer
 
-__all__ = ["Cluster", "DeviceSpec", "Pipelined", "Plan", "TrainState", "Trainer", "pipeline"]
+__all__ = [
+    "Cluster",
+    "DeviceSpec",
+    "Parts",
+    "Pipelined",
+    "Plan",
+    "TrainState",
+    "Trainer",
+    "pipeline",
+    "whole",
+]

@@ -14,6 +14,7 @@ from jaxptis.executor.compiled import CompiledProgram, Compiler
 from jaxptis.executor.draft import Homes
 from jaxptis.executor.executable import Executable
 from jaxptis.executor.stage_tasks import KINDS, stage_program_name
+from jaxptis.parts import Cuts, flatten
 from jaxptis.placement import Placement, aval_of
 
 
@@ -35,12 +36,29 @@ class CompiledStage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """A training step, and its optimizer's state: homes, placement, structure as a pytree."""
+    """A training step, and its optimizer's state.
+
+    Attributes:
+      executable: the step.
+      homes: of each part of the state.
+      state: where these are put.
+      cuts: into which parts the leaves are cut.
+      structure: of the state as a pytree, with one leaf for all parts of one.
+    """
 
     executable: Executable
     homes: tuple[Homes, ...]
     state: Placement
+    cuts: Cuts
     structure: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientStep:
+    """The gradient, and where that of each leaf of the parameters is put."""
+
+    executable: Executable
+    placement: Placement
 
 
 class Compiled:
@@ -50,7 +68,8 @@ class Compiled:
         """Take the types of the parameters as a pytree; steps are built when asked for."""
         self.pipeline = pipeline
         self.params = Placement(pipeline.homes, compiler.devices)
-        self.owned = Placement([homes[:1] for homes in pipeline.homes], compiler.devices)
+        program = pipeline.stages.program
+        self.cuts = Cuts(program.pieces, [aval.shape for aval in program.leaf_avals])
         self.batch = Placement(steps.batch_copies(pipeline).homes, compiler.devices)
         self._compiler = compiler
         self._param_types = params
@@ -62,28 +81,31 @@ class Compiled:
         return steps.evaluation(self.pipeline, self._compiler)
 
     @functools.cached_property
-    def gradient_step(self) -> Executable:
+    def gradient_step(self) -> GradientStep:
         """The gradient."""
-        return self._dumped(steps.gradient_step(self.pipeline, self._compiler))
+        executable, homes = steps.gradient_step(self.pipeline, self._compiler)
+        return GradientStep(self._dumped(executable), Placement(homes, self._compiler.devices))
 
     def train_step(self, optimizer: optax.GradientTransformation) -> Training:
         """Return the gradient and the optimizer's update."""
         if optimizer not in self._training:
-            executable, state = steps.train_step(
+            executable, state, pieces = steps.train_step(
                 self.pipeline, self._compiler, optimizer, self._param_types
             )
+            types, structure = jax.tree.flatten(jax.eval_shape(optimizer.init, self._param_types))
             self._training[optimizer] = Training(
                 executable=self._dumped(executable),
                 homes=state.homes,
                 state=Placement(state.homes, self._compiler.devices),
-                structure=jax.tree.structure(jax.eval_shape(optimizer.init, self._param_types)),
+                cuts=Cuts(pieces, [aval.shape for aval in types]),
+                structure=structure,
             )
         return self._training[optimizer]
 
     def stages(self) -> tuple[CompiledStage, ...]:
         """Return the stages of a step that has a backward."""
         trained = [training.executable for training in self._training.values()]
-        programs = (trained[0] if trained else self.gradient_step).programs
+        programs = (trained[0] if trained else self.gradient_step.executable).programs
         return tuple(
             CompiledStage(
                 layers=stage.layers,
@@ -114,7 +136,7 @@ class Call:
     Attributes:
       compiled: the steps for these types.
       structure: of the parameters.
-      params: the leaves of the parameters.
+      params: the leaves of the parameters; some may be in parts.
       batch: the leaves of the batch.
     """
 
@@ -129,7 +151,8 @@ class Call:
 
     def params_buffers(self) -> list[Any]:
         """Return the copies of the parameters, put in place where they are not."""
-        return self.compiled.params.buffers(self.compiled.params.put(self.params))
+        parts = self.compiled.cuts.cut(self.params)
+        return self.compiled.params.buffers(self.compiled.params.put(parts))
 
     def batch_buffers(self) -> list[Any]:
         """Return the copies of the batch, put in place where they are not."""
@@ -145,10 +168,27 @@ class Call:
 
 
 def make_on_devices(
-    compiler: Compiler, fun: Callable[..., Any], args: Sequence[Any], homes: Sequence[Homes]
+    compiler: Compiler,
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    homes: Sequence[Homes],
+    cuts: Cuts,
 ) -> list[Any]:
-    """Return the leaves of `fun(*args)`, each computed on its homes: copy by copy."""
-    types = jax.tree.map(aval_of, list(args))
-    executable, needed = steps.initializer(compiler, fun, types, homes)
+    """Return the leaves of `fun(*args)`, cut, each part computed on its homes.
+
+    Args:
+      compiler: for the devices.
+      fun: returns a pytree of arrays.
+      args: pytrees; some leaves may be in parts.
+      homes: of each part of the result.
+      cuts: into which parts the leaves of the result are cut.
+    """
+    leaves, structure = flatten(list(args))
+    types = jax.tree.unflatten(structure, map(aval_of, leaves))
+    given = Cuts.of(leaves)
+    executable, needed = steps.initializer(
+        compiler, fun, types, homes, given=given.pieces, wanted=cuts.pieces
+    )
     placement = Placement(needed, compiler.devices)
-    return executable(placement.buffers(placement.put(jax.tree.leaves(list(args)))))
+    buffers = executable(placement.buffers(placement.put(given.cut(leaves))))
+    return cuts.join(Placement(homes, compiler.devices).arrays(buffers))

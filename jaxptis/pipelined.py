@@ -13,6 +13,7 @@ from jaxptis.call import Call, Compiled, CompiledStage
 from jaxptis.compile import Options, compile_pipeline
 from jaxptis.executor.compiled import Compiler
 from jaxptis.flax_models import nnx_loss, split_nnx
+from jaxptis.parts import flatten
 from jaxptis.performance import Timeline
 from jaxptis.placement import aval_of
 from jaxptis.plan import Plan
@@ -45,15 +46,15 @@ class Pipelined:
           batch: a pytree of arrays.
 
         Returns:
-          The loss, or (loss, aux), and the gradients, each on the device that owns its parameter;
-          `train_step` feeds them to an optimizer there.
+          The loss, or (loss, aux), and the gradients, each on the device that owns its parameter,
+          or most of it; `train_step` feeds them to an optimizer there, in parts.
         """
         call = self._call(params, batch)
         self.shown = call.compiled
-        outs = call.compiled.gradient_step([*call.params_buffers(), *call.batch_buffers()])
+        step = call.compiled.gradient_step
+        outs = step.executable([*call.params_buffers(), *call.batch_buffers()])
         value, grads = call.split(outs)
-        grads = call.compiled.owned.arrays(grads)
-        return value, jax.tree.unflatten(call.structure, grads)
+        return value, jax.tree.unflatten(call.structure, step.placement.arrays(grads))
 
     def evaluate(self, params: Any, batch: Any) -> Any:
         """Return what `loss_fn(params, batch)` returns, by the forward alone."""
@@ -121,9 +122,9 @@ class Pipelined:
           params: its parameters, or any pytree of float arrays.
           batch: the batch; for an nnx model a pair of its other variables and the batch.
         """
-        leaves, structure = jax.tree.flatten(params)
+        leaves, structure = flatten(params)
         batch_leaves, batch_structure = jax.tree.flatten(batch)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, *batch_leaves)):
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves([leaves, batch_leaves])):
             raise ValueError(
                 "a pipeline runs compiled programs on several devices, so it cannot be traced "
                 "itself; call it outside of jit, grad, vmap and eval_shape"
@@ -143,7 +144,8 @@ class Pipelined:
         if graphdef is not None:
             loss_fn = nnx_loss(graphdef, loss_fn)
             options = dataclasses.replace(options, batch_axes=(None, options.batch_axes))
-        params = jax.tree.map(aval_of, params)
+        leaves, structure = flatten(params)
+        params = jax.tree.unflatten(structure, map(aval_of, leaves))
         pipeline = compile_pipeline(
             loss_fn,
             params,

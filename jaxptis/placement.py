@@ -8,11 +8,12 @@ import numpy as np
 
 from jaxptis.executor.compiled import replicated
 from jaxptis.executor.draft import Homes
+from jaxptis.parts import Parts
 
 
 def aval_of(leaf: Any) -> jax.ShapeDtypeStruct:
     """Return the type of a leaf, as JAX will see it."""
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Parts):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     value = np.asarray(leaf)
     return jax.ShapeDtypeStruct(value.shape, jax.dtypes.canonicalize_dtype(value.dtype))

@@ -11,6 +11,7 @@ from jaxptis.call import Call, Compiled, make_on_devices
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.executable import Executable
 from jaxptis.flax_models import split_nnx
+from jaxptis.parts import Cuts, flatten
 
 
 class Bindable(Protocol):
@@ -30,8 +31,10 @@ class TrainState:
 
     Attributes:
       step: how many steps were taken.
-      params: the parameters, each leaf on the devices of the stages that read it.
-      opt_state: the optimizer's state, each leaf beside its parameter.
+      params: the parameters, each leaf on the devices of the stages that read it. In place of a
+        leaf of which the stages hold slices stands a `jaxptis.Parts`; `jaxptis.whole` returns the
+        plain tree.
+      opt_state: the optimizer's state, each leaf beside its parameter, and in the same parts.
       model_state: what an nnx model holds beside its parameters; None for other models.
       graphdef: the structure of an nnx model; None for other models.
     """
@@ -69,10 +72,16 @@ class TrainStep:
         if isinstance(params, nnx.Module):
             graphdef, params, model_state = split_nnx(params)
         call = self._call(graphdef, params, model_state, batch)
+        compiled = call.compiled
+        parts = compiled.cuts.cut(call.params)  # here, so that no device is sent a whole leaf
         copies = make_on_devices(
-            self._pipelined.compiler, lambda x: x, [call.params], call.compiled.pipeline.homes
+            self._pipelined.compiler,
+            lambda x: x,
+            [parts],
+            compiled.pipeline.homes,
+            Cuts.of(parts),
         )
-        params = jax.tree.unflatten(call.structure, call.compiled.params.arrays(copies))
+        params = jax.tree.unflatten(call.structure, compiled.cuts.join(copies))
         return self.start(graphdef, params, model_state, batch)
 
     def start(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> TrainState:
@@ -86,13 +95,17 @@ class TrainStep:
             placed = call.compiled.batch.put(call.batch)[: len(leaves)]
             kept = [old if new is None else new for old, new in zip(leaves, placed, strict=True)]
             model_state = jax.tree.unflatten(structure, kept)
-        buffers = make_on_devices(
-            self._pipelined.compiler, self._optimizer.init, [params], training.homes
+        opt_state = make_on_devices(
+            self._pipelined.compiler,
+            self._optimizer.init,
+            [params],
+            training.homes,
+            training.cuts,
         )
         return TrainState(
             step=0,
             params=params,
-            opt_state=jax.tree.unflatten(training.structure, training.state.arrays(buffers)),
+            opt_state=jax.tree.unflatten(training.structure, opt_state),
             model_state=model_state,
             graphdef=graphdef,
         )
@@ -111,13 +124,13 @@ class TrainStep:
         training = call.compiled.train_step(self._optimizer)
         self._executable = training.executable
         self._pipelined.shown = call.compiled
-        old, structure = jax.tree.flatten(state.opt_state)
+        old, structure = flatten(state.opt_state)
         if structure != training.structure:
             raise ValueError(
                 f"the state is of another optimizer: its opt_state is {structure}, this step's "
                 f"{training.structure}; use the step that made the state"
             )
-        opt_buffers = training.state.buffers(training.state.put(old))
+        opt_buffers = training.state.buffers(training.state.put(training.cuts.cut(old)))
         outs = training.executable([*call.params_buffers(), *opt_buffers, *call.batch_buffers()])
         value, outs = call.split(outs)
         num_params = len(outs) - len(opt_buffers)
@@ -126,8 +139,8 @@ class TrainStep:
         new = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=jax.tree.unflatten(call.structure, params),
-            opt_state=jax.tree.unflatten(structure, opt_state),
+            params=jax.tree.unflatten(call.structure, call.compiled.cuts.join(params)),
+            opt_state=jax.tree.unflatten(structure, training.cuts.join(opt_state)),
         )
         return new, _metrics(value, call.has_aux)
 

@@ -55,9 +55,15 @@ class Trainer:
         call = self._pipelined.bind(
             graphdef, types, batch if graphdef is None else (model_state, batch)
         )
-        homes = call.compiled.pipeline.homes
-        buffers = make_on_devices(self._pipelined.compiler, recipe.params, [key, batch], homes)
-        params = jax.tree.unflatten(call.structure, call.compiled.params.arrays(buffers))
+        compiled = call.compiled
+        leaves = make_on_devices(
+            self._pipelined.compiler,
+            recipe.params,
+            [key, batch],
+            compiled.pipeline.homes,
+            compiled.cuts,
+        )
+        params = jax.tree.unflatten(call.structure, leaves)
         return self._step.start(graphdef, params, model_state, batch)
 
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:

@@ -3,11 +3,15 @@
 from passes.drop_dead import drop_dead
 from passes.hoist import hoist
 from passes.inline_calls import inline_calls
+from passes.peel_scans import peel_scans
 from passes.slice_head import slice_head
+from passes.split_params import split_params
 
 PROGRAM_PASSES = (
     inline_calls,  # first: calls hide the layers of a jitted model
-    hoist,  # after it: what a remat returns is read in the open now
-    drop_dead,  # after both: what a caller of an inlined body did not use is now visible
-    slice_head,  # last: it follows all that reads the logits, through calls, and nothing dead
+    peel_scans,  # after it: a loop over layers may stand in a call
+    hoist,  # after both: what a remat returns is read in the open now
+    drop_dead,  # after all of them: what the caller of an inlined body did not use is now visible
+    slice_head,  # after it: it follows all that reads the logits, and nothing dead
+    split_params,  # last: every equation that reads a parameter counts
 )

@@ -4,7 +4,8 @@ Everywhere else a jaxpr is an open `Jaxpr` without constants: its inputs are `in
 `eqns`, its results `outvars`. Here such jaxprs are traced, rebuilt, sliced and evaluated.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ __all__ = [
     "Jaxpr",
     "JaxprEqn",
     "Literal",
+    "Scan",
     "Var",
+    "applied",
     "avals",
     "backward_slice",
     "check",
@@ -33,9 +36,14 @@ __all__ = [
     "read_vars",
     "reads",
     "rebuild",
+    "resized",
+    "scan_of",
+    "shape_of",
     "source_line",
+    "splice",
     "sub_jaxprs",
     "trace",
+    "variable_like",
     "with_own_outputs",
 ]
 
@@ -231,6 +239,118 @@ def inline(jaxpr: Jaxpr, *, also_rules: bool = False) -> tuple[Jaxpr, list[Any]]
     return rebuild(
         jaxpr, invars=[*const_vars.values(), *jaxpr.invars], outvars=outvars, eqns=eqns
     ), (const_values)
+
+
+def splice(jaxpr: Jaxpr, bodies: Mapping[int, Jaxpr]) -> Jaxpr:
+    """Replace equations, by index, by the equations of bodies that do the same.
+
+    The last inputs of a body are those of its equation. Any before them are constants, and become
+    inputs in front of those of `jaxpr`.
+    """
+    env: dict[Var, Var | Literal] = {}
+    eqns: list[JaxprEqn] = []
+    extra: list[Var] = []
+
+    def read(atom: Var | Literal) -> Var | Literal:
+        return env.get(atom, atom) if isinstance(atom, Var) else atom
+
+    for index, eqn in enumerate(jaxpr.eqns):
+        args = [read(v) for v in eqn.invars]
+        body = bodies.get(index)
+        if body is None:
+            eqns.append(eqn.replace(invars=args))
+            continue
+        first = len(body.invars) - len(args)
+        extra += body.invars[:first]
+        env.update(zip(body.invars[first:], args, strict=True))
+        for inner in body.eqns:
+            stack = eqn.source_info.name_stack + inner.source_info.name_stack
+            info = inner.source_info.replace(name_stack=stack)
+            eqns.append(inner.replace(invars=[read(v) for v in inner.invars], source_info=info))
+        env.update(zip(eqn.outvars, [read(v) for v in body.outvars], strict=True))
+    outvars = [read(v) for v in jaxpr.outvars]
+    return rebuild(jaxpr, invars=[*extra, *jaxpr.invars], outvars=outvars, eqns=eqns)
+
+
+def shape_of(atom: Var | Literal) -> tuple[int, ...]:
+    """Return the shape of the array that `atom` stands for."""
+    aval: Any = atom.aval
+    return tuple(aval.shape)
+
+
+def variable_like(var: Var, shape: Sequence[int]) -> Var:
+    """Return a new variable of the type of `var`, but for its shape."""
+    aval: Any = var.aval
+    return core.gensym()(aval.update(shape=tuple(shape)))
+
+
+def resized(
+    eqn: JaxprEqn,
+    *,
+    invars: Sequence[Var | Literal],
+    shape: Sequence[int],
+    params: Mapping[str, Any],
+) -> JaxprEqn:
+    """Return `eqn` on other inputs, with new results of another shape; `params` change."""
+    outvars = [variable_like(v, shape) for v in eqn.outvars]
+    return eqn.replace(invars=list(invars), outvars=outvars, params={**eqn.params, **params})
+
+
+def applied(
+    fun: Callable[[list[Any]], Any], atoms: Sequence[Var | Literal]
+) -> tuple[list[JaxprEqn], Var | Literal]:
+    """Return the equations of `fun`, which takes a list, on `atoms`, and what holds its result."""
+    jaxpr, constants, _ = trace(fun, avals(atoms))
+    assert not constants, "an open jaxpr has no constants"
+    env = dict(zip(jaxpr.invars, atoms, strict=True))
+    eqns = [
+        eqn.replace(invars=[env.get(v, v) if isinstance(v, Var) else v for v in eqn.invars])
+        for eqn in jaxpr.eqns
+    ]
+    return eqns, jaxpr.outvars[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scan:
+    """The parts of a scan.
+
+    Attributes:
+      jaxpr: (constants, carry, a slice of each x) -> (carry, a slice of each y).
+      body: the same as a function.
+      num_consts: inputs of the scan that every iteration reads whole.
+      num_carry: inputs after those, and results in front, that go from iteration to iteration.
+      length: number of iterations.
+      reverse: whether the last iteration is the first to run.
+    """
+
+    jaxpr: Jaxpr
+    body: Callable[..., list[Any]]
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+
+
+def scan_of(eqn: JaxprEqn) -> Scan | None:
+    """Return the parts of `eqn` if it is a scan, else None."""
+    if eqn.primitive.name != "scan":
+        return None
+    params = eqn.params
+    closed = params["jaxpr"]
+    if "ft_in" in params:  # since jax 0.12
+        num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
+    else:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+    inner = getattr(closed, "jaxpr", closed)
+    consts = getattr(closed, "consts", ())
+    return Scan(
+        jaxpr=inner,
+        body=lambda *args: jax.core.eval_jaxpr(inner, consts, *args),
+        num_consts=num_consts,
+        num_carry=num_carry,
+        length=params["length"],
+        reverse=params["reverse"],
+    )
 
 
 def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:

@@ -22,7 +22,7 @@ from passes import jaxprs
 from passes.drop_dead import drop_dead
 from passes.inline_calls import inline_calls
 from passes.jaxprs import JaxprEqn, Var
-from passes.layers import ACTIVATION, Origin, find_origins
+from passes.origins import Origin, find_origins
 from passes.program import Program
 from passes.read_logits import LogitsReader, NotAHead, Values
 from passes.reductions import Reduction
@@ -116,7 +116,7 @@ def _candidates(program: Program) -> Iterator[tuple[JaxprEqn, int]]:
     """Yield the matmuls by a parameter, the last first, with each axis that the parameter gives."""
     origins = find_origins(program)
     for eqn in reversed(program.jaxpr.eqns):
-        if eqn.primitive.name != "dot_general" or origins[eqn.outvars[0]] != ACTIVATION:
+        if eqn.primitive.name != "dot_general" or Origin.ACTIVATION not in origins[eqn.outvars[0]]:
             continue
         (aval,) = jaxprs.avals(eqn.outvars)
         for axis, size in enumerate(aval.shape):

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 
 from passes import jaxprs
+from passes.boxes import whole
 from passes.jaxprs import Jaxpr, JaxprEqn
-from passes.program import Program
+from passes.program import Program, Source
 
 # Primitives bound to a mesh or a device of the user's own, which a stage does not have.
 _BOUND_TO_DEVICES = ("shard_map", "xla_pmap", "sharding_constraint", "reshard", "mesh_cast")
@@ -44,7 +45,12 @@ def trace(
     program = Program(
         jaxpr=jaxpr,
         constants=tuple(constants),
-        params=paths(params),
+        sources=tuple(
+            Source(leaf=i, path=path, shape=leaf.shape, box=whole(leaf.shape))
+            for i, (path, leaf) in enumerate(
+                zip(paths(params), jax.tree.leaves(params), strict=True)
+            )
+        ),
         batch=paths(batch),
     )
     return program, aux

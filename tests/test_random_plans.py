@@ -77,7 +77,7 @@ def wanted(seed):
 def check(plan):
     """Compare with the plain gradient, twice, with other weights and data."""
     pipeline = build(analysis(), plan)
-    executable = steps.gradient_step(pipeline, compiler())
+    executable, _ = steps.gradient_step(pipeline, compiler())
     homes = pipeline.homes, steps.batch_copies(pipeline).homes
     for seed in 0, 1000:
         params, batch, want, want_grads = wanted(seed)

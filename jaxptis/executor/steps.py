@@ -1,5 +1,7 @@
 """The steps that a pipeline can take: gradients, training, evaluation, and making its state."""
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from jaxptis.executor.emit_tasks import emit_tasks
 from jaxptis.executor.executable import Buffer, Executable
 from jaxptis.executor.programs import (
     INDEX,
+    Aval,
     BatchLeaf,
     results_program,
     stage_program,
@@ -31,8 +34,11 @@ from jaxptis.executor.stage_tasks import (
 from jaxptis.performance import Costs, simulate
 from jaxptis.plan import Plan
 from passes import jaxprs
+from passes.boxes import Pieces, assemble, whole
 from passes.differentiate import accumulator_dtype
+from passes.jaxprs import Jaxpr
 from passes.split_update import Tied, split_by_device
+from passes.split_values import split_values, unroll_split_scans
 from passes.stages import LOSS, StageGradient, StageProgram, Stages
 
 
@@ -94,25 +100,34 @@ def evaluation(pipeline: Pipeline, compiler: Compiler) -> Executable:
     return draft.executable(compiler, results)
 
 
-def gradient_step(pipeline: Pipeline, compiler: Compiler) -> Executable:
-    """Return the gradient: parameters and batch in, results and gradients out."""
+def gradient_step(pipeline: Pipeline, compiler: Compiler) -> tuple[Executable, tuple[Homes, ...]]:
+    """Return the gradient, and where that of each leaf of the parameters is put.
+
+    Parameters and batch in; results and gradients, of whole leaves, out.
+    """
     draft, results = _draft_gradient(pipeline)
     params = param_copies(pipeline)
-    copies = [jax.ShapeDtypeStruct(a.shape, accumulator_dtype(a.dtype)) for a in params.avals]
+    program = pipeline.stages.program
 
     def finish(sums: Any) -> Any:
-        return [_total(s, aval.dtype) for s, aval in zip(sums, params.avals, strict=True)]
+        totals = _totals(sums, params)
+        return [
+            _joined([totals[p] for p in parts], boxes)
+            for parts, boxes in zip(program.leaves, program.pieces, strict=True)
+        ]
 
-    per_home = [[aval] * len(homes) for aval, homes in zip(copies, params.homes, strict=True)]
-    jaxpr, _, _ = jaxprs.trace(finish, per_home)
+    jaxpr, _, _ = jaxprs.trace(finish, _sum_avals(params))
     split = split_by_device(
         jaxprs.inline(jaxpr)[0],
         input_homes=[(device,) for homes in params.homes for device in homes],
-        output_homes=[homes[:1] for homes in params.homes],
+        # A leaf in parts is put together where most of it is.
+        output_homes=[
+            params.homes[parts[0]][:1] if len(parts) == 1 else None for parts in program.leaves
+        ],
     )
     grads = draft.split(split, "finish", _sum_names(params))
     owned = [(homes[0], buffer) for buffer, homes in grads]
-    return draft.executable(compiler, [*results, *owned])
+    return draft.executable(compiler, [*results, *owned]), tuple(homes for _, homes in grads)
 
 
 def train_step(
@@ -120,33 +135,32 @@ def train_step(
     compiler: Compiler,
     optimizer: optax.GradientTransformation,
     params_tree: Any,
-) -> tuple[Executable, Copies]:
-    """Return a whole step, which consumes its parameters and state, and where the state lives.
+) -> tuple[Executable, Copies, tuple[Pieces, ...]]:
+    """Return a whole step, which consumes its parameters and state.
 
     Parameters, optimizer state and batch in; results, parameters and optimizer state out.
+
+    Returns:
+      The step, where the parts of the state live, and the pieces of each leaf of the state.
     """
     draft, results = _draft_gradient(pipeline)
     params = param_copies(pipeline)
-    state_tree = jax.eval_shape(optimizer.init, params_tree)
-    structure = jax.tree.structure(params_tree)
-    per_home = [
-        [jax.ShapeDtypeStruct(aval.shape, accumulator_dtype(aval.dtype))] * len(homes)
-        for aval, homes in zip(params.avals, params.homes, strict=True)
-    ]
+    update, constants, pieces = _update(pipeline, optimizer, params_tree)
+    num_state = sum(map(len, pieces))
+    state_avals = tuple(jaxprs.avals(update.invars[len(update.invars) - num_state :]))
 
-    def update(sums: Any, params_leaves: Any, state: Any) -> Any:
-        grads = [_total(s, a.dtype) for s, a in zip(sums, params_leaves, strict=True)]
-        tree = jax.tree.unflatten(structure, params_leaves)
-        updates, state = optimizer.update(jax.tree.unflatten(structure, grads), state, tree)
-        return jax.tree.leaves(optax.apply_updates(tree, updates)), state
+    def step(fixed: Any, sums: Any, params_leaves: Any, state: Any) -> Any:
+        grads = _totals(sums, params)
+        return jaxprs.evaluate(update, [*fixed, *grads, *params_leaves, *state])
 
-    jaxpr, closed_over, _ = jaxprs.trace(update, per_home, list(params.avals), state_tree)
-    jaxpr, inlined = jaxprs.inline(jaxpr)
+    sums = _sum_names(params)
+    fixed = jaxprs.avals(update.invars[: len(constants)])
+    jaxpr, _, _ = jaxprs.trace(
+        step, fixed, _sum_avals(params), list(params.avals), list(state_avals)
+    )
+    jaxpr, _ = jaxprs.inline(jaxpr)
     # The state is overwritten in the next step, so no two leaves may share an array.
     jaxpr = jaxprs.with_own_outputs(jaxprs.drop_dead_equations(jaxpr), also_inputs=False)
-    constants = [*inlined, *closed_over]
-    state_avals = tuple(jax.tree.leaves(state_tree))
-    sums = _sum_names(params)
     first_state = len(constants) + len(sums) + len(params.homes)
     split = split_by_device(
         jaxpr,
@@ -177,29 +191,80 @@ def train_step(
     draft.inputs = {**params.buffers(), **state.buffers(), **batch_copies(pipeline).buffers()}
     outputs = [(device, buffer) for buffer, homes in placed for device in homes]
     consumed = [*params.buffers(), *state.buffers()]
-    return draft.executable(compiler, [*results, *outputs], consumed), state
+    return draft.executable(compiler, [*results, *outputs], consumed), state, pieces
+
+
+def _update(
+    pipeline: Pipeline, optimizer: optax.GradientTransformation, params_tree: Any
+) -> tuple[Jaxpr, list[Any], tuple[Pieces, ...]]:
+    """Return the optimizer's update of parts, its constants, and the pieces of each state leaf.
+
+    It takes the constants, and the parts of gradients, parameters and state; it returns the parts
+    of the next parameters and state.
+    """
+    program = pipeline.stages.program
+    structure = jax.tree.structure(params_tree)
+    state_tree = jax.eval_shape(optimizer.init, params_tree)
+
+    def update(grads: Any, params_leaves: Any, state: Any) -> Any:
+        tree = jax.tree.unflatten(structure, params_leaves)
+        updates, state = optimizer.update(jax.tree.unflatten(structure, grads), state, tree)
+        return jax.tree.leaves(optax.apply_updates(tree, updates)), state
+
+    leaves = list(program.leaf_avals)
+    jaxpr, closed_over, _ = jaxprs.trace(update, leaves, leaves, state_tree)
+    jaxpr, inlined = jaxprs.inline(jaxpr)
+    constants = [*inlined, *closed_over]
+    num_state = len(jax.tree.leaves(state_tree))
+    before = len(jaxpr.invars) - num_state
+    split = split_values(
+        jaxprs.drop_dead_equations(jaxpr),
+        inputs=[
+            *(_uncut(aval) for aval in jaxprs.avals(jaxpr.invars[: len(constants)])),
+            *program.pieces,
+            *program.pieces,
+            *[None] * num_state,
+        ],
+        outputs=[*program.pieces, *(Tied(before + i) for i in range(num_state))],
+    )
+    return split.jaxpr, constants, split.inputs[before:]
+
+
+def _uncut(aval: Aval) -> Pieces:
+    return (whole(aval.shape),)
 
 
 def initializer(
-    compiler: Compiler, fun: Callable[..., Any], args: Sequence[Any], homes: Sequence[Homes]
+    compiler: Compiler,
+    fun: Callable[..., Any],
+    args: Sequence[Any],
+    homes: Sequence[Homes],
+    *,
+    given: Sequence[Pieces],
+    wanted: Sequence[Pieces],
 ) -> tuple[Executable, tuple[Homes, ...]]:
-    """Return a program that makes each leaf of `fun(*args)`, an array of its own, on its devices.
+    """Return a program that makes each part of `fun(*args)`, an array of its own, on its devices.
 
     Args:
       compiler: for the devices.
-      fun: returns a pytree with as many leaves as `homes`.
+      fun: returns a pytree.
       args: pytrees of types.
-      homes: where each leaf is wanted.
+      homes: where each part is wanted.
+      given: the pieces of each leaf of `args`.
+      wanted: the pieces of each leaf of the result.
 
     Returns:
-      The program, which takes the leaves of `args` on the devices that need them, and for each
-      leaf these devices.
+      The program, which takes the parts of `args` on the devices that need them, and for each
+      part these devices.
     """
     jaxpr, closed_over, _ = jaxprs.trace(fun, *args)
-    jaxpr, inlined = jaxprs.inline(jaxpr)
+    jaxpr, inlined = jaxprs.inline(jaxpr, also_rules=True)
+    jaxpr, unrolled = unroll_split_scans(jaxprs.drop_dead_equations(jaxpr), wanted)
+    constants = [*unrolled, *inlined, *closed_over]
+    fixed = [_uncut(aval) for aval in jaxprs.avals(jaxpr.invars[: len(constants)])]
+    jaxpr = split_values(jaxpr, inputs=[*fixed, *given], outputs=wanted).jaxpr
     jaxpr = jaxprs.with_own_outputs(jaxprs.drop_dead_equations(jaxpr), also_inputs=True)
-    constants = [*inlined, *closed_over]
-    avals = jax.tree.leaves(list(args))
+    avals = jaxprs.avals(jaxpr.invars[len(constants) :])
     split = split_by_device(jaxpr, input_homes=[None] * len(jaxpr.invars), output_homes=list(homes))
     names = [
         *(f"init.constant{k}" for k in range(len(constants))),
@@ -218,12 +283,32 @@ def initializer(
     return draft.executable(compiler, outputs), needed.homes
 
 
-def _total(copies: Sequence[Any], dtype: Any) -> Any:
-    """Add up the gradient sums of one parameter, one from each device that holds it."""
-    total = copies[0]
-    for copy in copies[1:]:
-        total = total + copy
-    return total.astype(dtype)
+def _totals(sums: Sequence[Sequence[Any]], params: Copies) -> list[Any]:
+    """Add up the gradient sums of each parameter, one from each device that holds it."""
+    return [
+        functools.reduce(operator.add, copies).astype(aval.dtype)
+        for copies, aval in zip(sums, params.avals, strict=True)
+    ]
+
+
+def _joined(parts: Sequence[Any], boxes: Pieces) -> Any:
+    """Put a leaf together from its parts."""
+    if len(parts) == 1:
+        return parts[0]
+    stops = [max(stop for _, stop in spans) for spans in zip(*boxes, strict=True)]
+    return assemble(
+        whole(stops),
+        list(zip(boxes, parts, strict=True)),
+        cut=lambda part, box: part[tuple(slice(start, stop) for start, stop in box)],
+        join=jnp.concatenate,
+    )
+
+
+def _sum_avals(params: Copies) -> list[list[Aval]]:
+    return [
+        [Aval(aval.shape, accumulator_dtype(aval.dtype))] * len(homes)
+        for aval, homes in zip(params.avals, params.homes, strict=True)
+    ]
 
 
 def _sum_names(params: Copies) -> list[str]:
