@@ -76,6 +76,7 @@ class Executable:
             for i, step in enumerate(steps)
         ]
         self._outputs = [slots[buffer] for buffer in outputs]
+        self._devices = [device for device, _ in slots]
         self._blank: list[Any] = [None] * len(slots)
         for buffer, value in constants.items():
             self._blank[slots[buffer]] = value
@@ -100,6 +101,26 @@ class Executable:
         self.host_s += time.perf_counter() - start_s
         self.num_calls += 1
         return [slots[slot] for slot in self._outputs]
+
+    def measure_peak_bytes(self, inputs: Sequence[Any]) -> tuple[int, ...]:
+        """Run the step, and return for each device the most bytes that arrays took at once.
+
+        Counts the arrays that the step holds, whatever their number, before each instruction's
+        frees; those whose memory a result has taken count no more.
+        """
+        held: dict[int, Any] = dict(enumerate(self._blank))
+        held.update(zip(self._inputs, inputs, strict=True))
+        peak = [0] * len(self.rows.rows)
+        for op in self._ops:
+            results = op.call(*[held[slot] for slot in op.reads])
+            held.update(zip(op.writes, results, strict=True))
+            live = [0] * len(peak)
+            for slot, value in held.items():
+                if value is not None and not value.is_deleted():
+                    live[self._devices[slot]] += value.nbytes
+            peak = list(map(max, peak, live))
+            held.update(dict.fromkeys(op.frees))
+        return tuple(peak)
 
 
 def _per_device(rows: Rows, buffers: Iterable[Buffer]) -> list[set[str]]:

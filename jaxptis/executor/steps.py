@@ -14,6 +14,7 @@ from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.draft import Copies, Draft, Homes
 from jaxptis.executor.emit_tasks import emit_tasks
 from jaxptis.executor.executable import Buffer, Executable
+from jaxptis.executor.memory import DeviceMemory, predict_memory
 from jaxptis.executor.programs import (
     INDEX,
     Aval,
@@ -31,6 +32,7 @@ from jaxptis.executor.stage_tasks import (
     stage_program_name,
     task_programs,
 )
+from jaxptis.executor.tasks import TaskPrograms
 from jaxptis.performance import Costs, simulate
 from jaxptis.plan import Plan
 from passes import jaxprs
@@ -87,6 +89,38 @@ def batch_copies(pipeline: Pipeline) -> Copies:
         prefix="batch",
         avals=tuple(leaf.aval for leaf in pipeline.analysis.batch),
     )
+
+
+def predicted_memory(pipeline: Pipeline, *state: Copies) -> tuple[DeviceMemory, ...]:
+    """Return what the plan says of the memory of a step that computes gradients.
+
+    Args:
+      pipeline: what runs.
+      *state: what else lasts: the optimizer's.
+    """
+    params, batch = param_copies(pipeline), batch_copies(pipeline)
+    sums = Copies(
+        homes=params.homes,
+        prefix="sum",
+        avals=tuple(Aval(a.shape, accumulator_dtype(a.dtype)) for a in params.avals),
+    )
+    resident = [0] * pipeline.plan.num_devices
+    for copies in params, batch, sums, *state:
+        for (device, _), aval in copies.buffers().items():
+            resident[device] += jaxprs.nbytes([aval])
+    programs = pipeline.programs
+    tasks = _tasks(pipeline, programs)
+    nbytes = {
+        ref.name: jaxprs.nbytes([v.aval])
+        for key, program in programs.items()
+        for refs, values in (
+            (tasks[key].reads[-len(program.reads) :], program.jaxpr.invars),
+            (tasks[key].writes, program.jaxpr.outvars),
+        )
+        for ref, v in zip(refs, values, strict=True)
+    }
+    nbytes[MICROBATCH.name] = jaxprs.nbytes([INDEX])
+    return predict_memory(pipeline.plan, tasks, nbytes, resident)
 
 
 def evaluation(pipeline: Pipeline, compiler: Compiler) -> Executable:
@@ -330,6 +364,11 @@ def _draft_gradient(pipeline: Pipeline) -> tuple[Draft, list[Buffer]]:
     return draft, _add_tasks(draft, pipeline, plan, pipeline.programs)
 
 
+def _tasks(pipeline: Pipeline, programs: Mapping[tuple[int, str], StageProgram]) -> TaskPrograms:
+    homes = [placed.device for placed in pipeline.plan.stages]
+    return task_programs(pipeline.stages, programs, homes=homes, batch=pipeline.analysis.batch)
+
+
 def _bind_constants(draft: Draft, plan: Plan, values: Sequence[Sequence[Any]]) -> None:
     """Bind what each stage closes over, and the indices of the microbatches."""
     for s, (placed, closed_over) in enumerate(zip(plan.stages, values, strict=True)):
@@ -362,8 +401,8 @@ def _add_tasks(
             KINDS[kind], program, device=homes[s], batch=pipeline.analysis.batch
         )
     draft.inputs = {**param_copies(pipeline).buffers(), **batch_copies(pipeline).buffers()}
-    tasks = task_programs(pipeline.stages, programs, homes=homes, batch=pipeline.analysis.batch)
-    emit_tasks(draft.rows, plan, simulate(plan, pipeline.analysis.costs), tasks)
+    timeline = simulate(plan, pipeline.analysis.costs)
+    emit_tasks(draft.rows, plan, timeline, _tasks(pipeline, programs))
 
     count = plan.num_microbatches
     avals = jaxprs.avals(pipeline.stages.program.jaxpr.outvars)

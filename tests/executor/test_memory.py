@@ -1,0 +1,75 @@
+"""The memory that a plan says is the memory that its step takes."""
+
+import dataclasses
+import re
+
+import jax
+import pytest
+
+import jaxptis
+from jaxptis.executor import steps
+from tests import small_models
+
+NUM_MICROBATCHES, NUM_DEVICES = 8, 4
+PARAMS = small_models.make_params(6)
+BATCH = small_models.make_batch(32 * NUM_MICROBATCHES)
+
+
+def call_of(strategy):
+    pipelined = jaxptis.pipeline(
+        small_models.loss_fn,
+        num_microbatches=NUM_MICROBATCHES,
+        devices=jax.devices()[:NUM_DEVICES],
+        strategy=strategy,
+    )
+    return pipelined.bind(None, PARAMS, BATCH)
+
+
+def recomputing():
+    plan = call_of("1f1b").compiled.pipeline.plan
+    stages = (dataclasses.replace(stage, recompute=True) for stage in plan.stages)
+    return dataclasses.replace(plan, stages=tuple(stages))
+
+
+@pytest.fixture(scope="module", params=["1f1b", "zb-h1", "recompute"])
+def call(request):
+    return call_of(recomputing() if request.param == "recompute" else request.param)
+
+
+def test_measured_memory_is_that_of_the_plan(call):
+    executable = call.compiled.gradient_step.executable
+    measured = executable.measure_peak_bytes([*call.params_buffers(), *call.batch_buffers()])
+    predicted = steps.predicted_memory(call.compiled.pipeline)
+    for got, want in zip(measured, predicted, strict=True):
+        assert got == pytest.approx(want.peak_bytes, rel=0.05)
+    # And exactly that which was proven of the lists.
+    assert measured == executable.peak_bytes
+
+
+def test_what_a_step_holds(call):
+    """Parameters, sums and batch; then what microbatches need, of which 1F1B has P in flight."""
+    predicted = steps.predicted_memory(call.compiled.pipeline)
+    sizes = [x.nbytes for x in jax.tree.leaves(PARAMS)]
+    batch = [x.nbytes for x in jax.tree.leaves(BATCH)]
+    assert sum(each.resident_bytes for each in predicted) == 2 * sum(sizes) + sum(batch)
+    assert all(each.peak_bytes > each.resident_bytes for each in predicted)
+
+
+def test_recomputing_takes_less():
+    plain, less = (
+        [each.peak_bytes - each.resident_bytes for each in steps.predicted_memory(pipeline)]
+        for pipeline in (call_of(s).compiled.pipeline for s in ("1f1b", recomputing()))
+    )
+    assert all(b < a / 2 for a, b in zip(plain, less, strict=True))
+
+
+def test_the_first_stage_of_1f1b_holds_as_many_microbatches_as_there_are_devices():
+    for strategy, wanted in ("1f1b", NUM_DEVICES), ("gpipe", NUM_MICROBATCHES):
+        rows = call_of(strategy).compiled.gradient_step.executable.rows.rows
+        live, most = set(), 0
+        for each in rows[0]:
+            live.update(each.writes)
+            found = {m[1] for name in live if (m := re.match(r"stage0\.saved\d+\.(\d+)", name))}
+            most = max(most, len(found))
+            live.difference_update(each.frees)
+        assert most == wanted
