@@ -14,7 +14,7 @@ from jaxptis.executor.compiled import CompiledProgram, Compiler
 from jaxptis.executor.draft import Homes
 from jaxptis.executor.emit import stage_program_name
 from jaxptis.executor.executable import Executable
-from jaxptis.parts import Cuts, flatten
+from jaxptis.parts import Cuts, flatten, is_parts
 from jaxptis.placement import Placement, aval_of
 
 
@@ -146,6 +146,16 @@ class Call:
         """Return the copies of the parameters, put in place where they are not."""
         parts = self.compiled.cuts.cut(self.params)
         return self.compiled.params.buffers(self.compiled.params.put(parts))
+
+    def like_params(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the leaves of a gradient; in parts, and in place, those of parameters in parts."""
+        if not any(map(is_parts, self.params)):
+            return list(leaves)
+        cut = self.compiled.cuts.join(self.compiled.params.put(self.compiled.cuts.cut(leaves)))
+        return [
+            part if is_parts(param) else leaf
+            for leaf, part, param in zip(leaves, cut, self.params, strict=True)
+        ]
 
     def batch_buffers(self) -> list[Any]:
         """Return the copies of the batch, put in place where they are not."""

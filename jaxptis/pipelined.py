@@ -42,7 +42,8 @@ class Pipelined:
 
         Args:
           params: a pytree of float arrays, or an nnx model (its `nnx.Param`s are then the
-            parameters, and the gradients an `nnx.State`).
+            parameters, and the gradients an `nnx.State`). For a leaf in parts, as training states
+            have them, the gradient is in the same parts.
           batch: a pytree of arrays.
 
         Returns:
@@ -54,7 +55,8 @@ class Pipelined:
         step = call.compiled.gradient_step
         outs = step.executable([*call.params_buffers(), *call.batch_buffers()])
         value, grads = call.split(outs)
-        return value, jax.tree.unflatten(call.structure, step.placement.arrays(grads))
+        leaves = call.like_params(step.placement.arrays(grads))
+        return value, jax.tree.unflatten(call.structure, leaves)
 
     def evaluate(self, params: Any, batch: Any) -> Any:
         """Return what `loss_fn(params, batch)` returns, by the forward alone."""

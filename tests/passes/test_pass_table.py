@@ -11,7 +11,15 @@ import passes
 from passes import PROGRAM_PASSES
 
 FOLDER = pathlib.Path(passes.__file__).parent
-ARROWS = {"trace", "find_layers", "cut_stages", "differentiate", "split_by_device", "count_work"}
+ARROWS = {
+    "trace",
+    "find_layers",
+    "cut_stages",
+    "differentiate",
+    "split_values",
+    "split_by_device",
+    "count_work",
+}
 ROW = re.compile(r"^\| `(\w+)` \(\[(\w+\.py)\]\((\w+\.py)\)\) \| (.+) \| (.+) \|$")
 
 
