@@ -11,10 +11,11 @@ import optax
 from jaxptis.compile import Pipeline
 from jaxptis.executor import steps
 from jaxptis.executor.compiled import CompiledProgram, Compiler
-from jaxptis.executor.draft import Homes
+from jaxptis.executor.draft import Copies, Homes
 from jaxptis.executor.executable import Executable
+from jaxptis.executor.memory import DeviceMemory
 from jaxptis.executor.stage_tasks import KINDS, stage_program_name
-from jaxptis.parts import Cuts, flatten
+from jaxptis.parts import Cuts, flatten, is_parts
 from jaxptis.placement import Placement, aval_of
 
 
@@ -40,14 +41,14 @@ class Training:
 
     Attributes:
       executable: the step.
-      homes: of each part of the state.
+      copies: the parts of the state, and the devices of each.
       state: where these are put.
       cuts: into which parts the leaves are cut.
       structure: of the state as a pytree, with one leaf for all parts of one.
     """
 
     executable: Executable
-    homes: tuple[Homes, ...]
+    copies: Copies
     state: Placement
     cuts: Cuts
     structure: Any
@@ -95,12 +96,17 @@ class Compiled:
             types, structure = jax.tree.flatten(jax.eval_shape(optimizer.init, self._param_types))
             self._training[optimizer] = Training(
                 executable=self._dumped(executable),
-                homes=state.homes,
+                copies=state,
                 state=Placement(state.homes, self._compiler.devices),
                 cuts=Cuts(pieces, [aval.shape for aval in types]),
                 structure=structure,
             )
         return self._training[optimizer]
+
+    def memory(self) -> tuple[DeviceMemory, ...]:
+        """Predict the memory of a step, with the optimizer's state once there is one."""
+        trained = [training.copies for training in self._training.values()]
+        return steps.predicted_memory(self.pipeline, *trained[:1])
 
     def stages(self) -> tuple[CompiledStage, ...]:
         """Return the stages of a step that has a backward."""
@@ -153,6 +159,16 @@ class Call:
         """Return the copies of the parameters, put in place where they are not."""
         parts = self.compiled.cuts.cut(self.params)
         return self.compiled.params.buffers(self.compiled.params.put(parts))
+
+    def like_params(self, leaves: Sequence[Any]) -> list[Any]:
+        """Return the leaves of a gradient; in parts, and in place, those of parameters in parts."""
+        if not any(map(is_parts, self.params)):
+            return list(leaves)
+        cut = self.compiled.cuts.join(self.compiled.params.put(self.compiled.cuts.cut(leaves)))
+        return [
+            part if is_parts(param) else leaf
+            for leaf, part, param in zip(leaves, cut, self.params, strict=True)
+        ]
 
     def batch_buffers(self) -> list[Any]:
         """Return the copies of the batch, put in place where they are not."""

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxptis.call import Call, Compiled, CompiledStage
 from jaxptis.compile import Options, compile_pipeline
 from jaxptis.executor.compiled import Compiler
+from jaxptis.executor.memory import DeviceMemory
 from jaxptis.flax_models import nnx_loss, split_nnx
 from jaxptis.parts import flatten
 from jaxptis.performance import Timeline
@@ -42,7 +43,8 @@ class Pipelined:
 
         Args:
           params: a pytree of float arrays, or an nnx model (its `nnx.Param`s are then the
-            parameters, and the gradients an `nnx.State`).
+            parameters, and the gradients an `nnx.State`). For a leaf in parts, as training states
+            have them, the gradient is in the same parts.
           batch: a pytree of arrays.
 
         Returns:
@@ -54,7 +56,8 @@ class Pipelined:
         step = call.compiled.gradient_step
         outs = step.executable([*call.params_buffers(), *call.batch_buffers()])
         value, grads = call.split(outs)
-        return value, jax.tree.unflatten(call.structure, step.placement.arrays(grads))
+        leaves = call.like_params(step.placement.arrays(grads))
+        return value, jax.tree.unflatten(call.structure, leaves)
 
     def evaluate(self, params: Any, batch: Any) -> Any:
         """Return what `loss_fn(params, batch)` returns, by the forward alone."""
@@ -81,6 +84,11 @@ class Pipelined:
     def timeline(self) -> Timeline:
         """The predicted step, of the step used last."""
         return self._used().pipeline.timeline
+
+    @property
+    def memory(self) -> tuple[DeviceMemory, ...]:
+        """The predicted memory of each device, in the step used last."""
+        return self._used().memory()
 
     @property
     def stages(self) -> tuple[CompiledStage, ...]:

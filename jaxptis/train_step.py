@@ -99,7 +99,7 @@ class TrainStep:
             self._pipelined.compiler,
             self._optimizer.init,
             [params],
-            training.homes,
+            training.copies.homes,
             training.cuts,
         )
         return TrainState(

@@ -7,6 +7,7 @@ import optax
 from flax import nnx
 
 from jaxptis.call import CompiledStage, make_on_devices
+from jaxptis.executor.memory import DeviceMemory
 from jaxptis.flax_models import Recipe
 from jaxptis.performance import Timeline
 from jaxptis.pipelined import Pipelined
@@ -83,6 +84,11 @@ class Trainer:
     def timeline(self) -> Timeline:
         """The predicted step."""
         return self._pipelined.timeline
+
+    @property
+    def memory(self) -> tuple[DeviceMemory, ...]:
+        """The predicted memory of each device."""
+        return self._pipelined.memory
 
     @property
     def stages(self) -> tuple[CompiledStage, ...]:

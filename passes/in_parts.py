@@ -68,10 +68,15 @@ def find_demands(
     boxes: dict[Var, dict[Box, None]] = {}
     ways: dict[Var, dict[Box, Narrowed]] = {}
 
+    known = {v: frozenset(p) for v, p in pieces.items()}
+
     def demand(atom: Atom, box: Box) -> None:
-        if isinstance(atom, Var):
-            cut = [p for p in pieces.get(atom, ()) if meet(p, box) is not None]
-            boxes.setdefault(atom, {}).update(dict.fromkeys(cut or [box]))
+        if not isinstance(atom, Var):
+            return
+        cut = [box]
+        if atom in known and box not in known[atom]:
+            cut = [p for p in pieces[atom] if meet(p, box) is not None]
+        boxes.setdefault(atom, {}).update(dict.fromkeys(cut))
 
     for atom, wanted in zip(jaxpr.outvars, outputs, strict=True):
         for box in wanted:

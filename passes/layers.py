@@ -149,13 +149,16 @@ def _params_behind(program: Program, origins: dict[Var, Origin]) -> dict[Var, fr
 def _labels(program: Program, reads: Sequence[tuple[int, ...]]) -> list[str]:
     """Name each layer after what its large parameters have in common."""
     sizes = [jaxprs.nbytes([v.aval]) for v in program.param_vars]
-    paths = [path.split("/") for path in program.params]
+    paths = [source.path.split("/") for source in program.sources]
     labels: list[str] = []
     for read in reads:
         largest = max((sizes[p] for p in read), default=0)
-        main = [paths[p][:-1] or paths[p] for p in read if sizes[p] * 10 >= largest]
+        large = [p for p in read if sizes[p] * 10 >= largest]
+        main = [paths[p][:-1] or paths[p] for p in large]
+        indices = {program.sources[p].index for p in large}
         ends = ["/".join(path) for path in (*main[:1], *main[-1:])]
         label = "/".join(_common_prefix(main)) or "..".join(ends) or "layer"
+        label += indices.pop() if len(indices) == 1 else ""
         numbered = (f"{label}#{n}" for n in itertools.count(2))
         labels.append(next(x for x in itertools.chain([label], numbered) if x not in labels))
     return labels

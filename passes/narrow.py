@@ -50,6 +50,11 @@ def _elementwise(eqn: JaxprEqn, result: int, box: Box) -> Narrowed:
     )
 
 
+def _bitcast(eqn: JaxprEqn, result: int, box: Box) -> Narrowed | None:
+    same = shape_of(eqn.invars[0]) == shape_of(eqn.outvars[0])
+    return _elementwise(eqn, result, box) if same else None
+
+
 def _transpose(eqn: JaxprEqn, result: int, box: Box) -> Narrowed:
     spans = dict(zip(eqn.params["permutation"], box, strict=True))
     return Narrowed(reads=(tuple(spans[axis] for axis in range(len(box))),))
@@ -122,6 +127,7 @@ def _random_wrap(eqn: JaxprEqn, result: int, box: Box) -> Narrowed:
 
 
 _RULES: dict[str, Callable[[JaxprEqn, int, Box], Narrowed | None]] = {
+    "bitcast_convert_type": _bitcast,
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
     "random_bits": _random,

@@ -141,5 +141,6 @@ def _pieces_of_result(eqn: JaxprEqn, pieces: Mapping[Var, Pieces]) -> Pieces | N
 def _distinct(boxes: Iterable[Box]) -> Pieces | None:
     """Return the different ones of `boxes`; None if there is one only, or some overlap."""
     different = tuple(dict.fromkeys(boxes))
-    overlap = any(meet(a, b) is not None for a, b in itertools.combinations(different, 2))
-    return None if overlap or len(different) == 1 else different
+    if any(meet(a, b) is not None for a, b in itertools.combinations(different, 2)):
+        return None
+    return different if len(different) > 1 else None

@@ -36,8 +36,17 @@ def random_boundaries(num_layers, seed):
     return [0, *sorted(cuts), num_layers]
 
 
+def parts_of(program, params):
+    """Return the parts of the user's parameters that a program takes."""
+    leaves = jax.tree.leaves(params)
+    return [
+        leaves[source.leaf][tuple(slice(start, stop) for start, stop in source.box)]
+        for source in program.sources
+    ]
+
+
 def run_program(program, params, batch):
-    args = [*program.constants, *jax.tree.leaves(params), *jax.tree.leaves(batch)]
+    args = [*program.constants, *parts_of(program, params), *jax.tree.leaves(batch)]
     return jaxprs.evaluate(program.jaxpr, args)
 
 

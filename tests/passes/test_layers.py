@@ -195,7 +195,7 @@ def test_an_nnx_model():
     assert names(graph) == ["embed/embedding", "blocks/0", "blocks/1", "head"]
 
 
-def test_a_scan_over_blocks_is_one_layer():
+def test_a_scan_over_blocks_is_a_layer_for_each():
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *(block(10 * i) for i in range(3)))
 
     def loss(p, ids):
@@ -204,7 +204,8 @@ def test_a_scan_over_blocks_is_one_layer():
         return cross_entropy(x @ p["head"], ids)
 
     graph = layers_of(loss, {**language_model(), "blocks": stacked}, tokens())
-    assert names(graph) == ["embedding", "blocks", "head"]
+    blocks = [f"blocks[{k}]" for k in range(3)]
+    assert names(graph) == ["embedding", *blocks, "head"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ ARROWS = {
     "cut_stages",
     "differentiate",
     "split_backward",
+    "split_values",
     "split_by_device",
     "count_work",
 }
