@@ -2,15 +2,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from passes import jaxprs
 from passes.cut_stages import cut_stages
+from passes.differentiate import differentiate
 from tests.passes.on_host import (
     assert_bitwise,
     layers_of,
     random_boundaries,
     run_forward,
+    run_gradient,
     run_program,
 )
 from tests.passes.small_models import MODELS, array, blocks, case, mlp, tokens
@@ -232,3 +235,55 @@ def test_the_check_notices(name):
         dataclasses.replace(stages, stages=(stages.stages[0], without_params, *stages.stages[2:]))
     with pytest.raises(AssertionError):
         dataclasses.replace(stages, stages=stages.stages[:-1])
+
+
+def test_a_bias_plus_a_mask_is_made_where_it_is_read():
+    """It depends on a parameter and on the batch, but is no activation."""
+    p = {"in": array(8, 8), "table": array(6), "w": [array(8, 8, seed=i) for i in range(3)]}
+    batch = {"x": array(2, 6, 8), "length": jnp.array([3, 6])}
+
+    def loss(p, batch):
+        positions = jnp.arange(6)
+        mask = jnp.where(positions < batch["length"][:, None, None], 0, -1e9)
+        bias = p["table"][jnp.abs(positions[:, None] - positions)] + mask
+        x = batch["x"] @ p["in"]
+        for w in p["w"]:
+            x = x + jax.nn.softmax(x @ x.mT + bias) @ x @ w
+        return (x**2).mean()
+
+    graph = layers_of(loss, p, batch)
+    stages = every_layer_a_stage(graph)
+    assert [(c.producer, c.consumers, c.aval.shape) for c in stages.crossings] == [
+        (i, (i + 1,), (2, 6, 8)) for i in range(3)
+    ]
+    table = graph.program.params.index("table")
+    assert [s for s, stage in enumerate(stages.stages) if table in stage.params] == [1, 2, 3]
+    results, _ = run_forward(stages, p, batch)
+    assert_bitwise(results, run_program(graph.program, p, batch))
+
+
+@pytest.mark.parametrize(
+    ("end", "has_gradient"),
+    [
+        (lambda x: x, True),
+        (lambda x: jnp.argmax(x, axis=-1, keepdims=True).astype(jnp.float32), False),
+        (jax.lax.stop_gradient, False),
+        (lambda x: jnp.where(x > 0, 1.0, 2.0), False),
+        (lambda x: x + jnp.sign(x), True),
+    ],
+)
+def test_a_crossing_has_a_gradient_if_one_flows_back(end, has_gradient):
+    """What a later stage reads may be float and yet lead nowhere but to integers."""
+
+    def loss(p, x):
+        for w in p[:3]:
+            x = x + jnp.tanh(x @ w)
+        return jnp.mean((end(x) * p[3].sum(axis=0) @ p[3]) ** 2)
+
+    p = [array(8, 8, seed=i) for i in range(4)]
+    graph = layers_of(loss, p, array(2, 8))
+    stages = cut_stages(graph, [0, 1, 2, len(graph.layers)])
+    assert [c.has_gradient for c in stages.crossings] == [has_gradient] * 2
+    _, sums = run_gradient(stages, differentiate(stages), p, array(2, 8))
+    for got, want in zip(sums, jax.grad(loss)(p, array(2, 8)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)  # sums in another order

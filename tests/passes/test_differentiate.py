@@ -99,11 +99,7 @@ def test_the_reference_is_that_of_jax():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
-# Without `frozen`: JAX drops the backward of the blocks that no gradient reaches; a stage by itself
-# does not know that what arrives is zero.
-@pytest.mark.parametrize(
-    ("name", "seed"), [(n, s) for n in MODELS for s in (0, 1, 2, None) if n != "frozen"]
-)
+@pytest.mark.parametrize(("name", "seed"), [(n, s) for n in MODELS for s in (0, 1, 2, None)])
 def test_nothing_heavy_is_computed_twice(name, seed):
     stages, parts = gradients(name, seed)
     got, want = total_counts(parts), collections.Counter(reference(name)[1])
