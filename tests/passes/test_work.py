@@ -32,6 +32,8 @@ def test_the_work_of_matmuls():
         assert work[index].forward.flops - matmul in ((in_loss - 1, in_loss) if is_last else (0,))
         # The gradients of parameters and, but for the first layer, inputs; each is added to a sum.
         assert work[index].backward.flops == (1 if is_first else 2) * matmul + a * b
+        assert work[index].input_grad.flops == (0 if is_first else matmul)
+        assert work[index].weight_grad.flops == matmul + a * b
 
 
 def test_bytes_of_matmuls():
@@ -53,6 +55,7 @@ def compilations(monkeypatch):
         return original(lowered, *args, **kwargs)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", count)
+    monkeypatch.setattr("passes.work._counted", {})
     return compiled
 
 
@@ -72,12 +75,17 @@ def transformer(num_blocks):
 def test_equal_layers_are_compiled_once(compilations):
     work = count_work(transformer(5))
     assert len(work) == 7
-    # Embedding, block, head: a forward and a backward of each.
-    assert len(compilations) == 6
+    # A block and the head: forward, backward and its two parts. The embedding has no input to
+    # give a gradient to: its backward is its weight gradient.
+    assert len(compilations) == 2 * 4 + 2
     assert len({w.forward for w in work[1:-1]}) == 1
     assert len({w.backward for w in work[1:-1]}) == 1
+    # Nor are those of another model, or of the same once more.
+    assert count_work(transformer(5)) == work
+    assert len(count_work(transformer(3))) == 5
+    assert len(compilations) == 2 * 4 + 2
 
 
 def test_layers_of_other_widths_are_not_equal(compilations):
     count_work(chain((4, 4, 5, 5, 4), 2))
-    assert len(compilations) == 8
+    assert len(compilations) == 2 + 3 * 4
