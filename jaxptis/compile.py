@@ -38,6 +38,7 @@ class Options:
     has_aux: bool
     cluster: Cluster
     dump_to: str | None
+    head_slices: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,7 @@ def compile_pipeline(
 
     program, aux = trace(loss_fn, params, microbatch, has_aux=options.has_aux)
     dump.step("traced", program.text())
+    program = dataclasses.replace(program, head_slices=options.head_slices)
     program = run(program, PROGRAM_PASSES, dump)
     graph = find_layers(program)
     dump.step("layers", graph.text())
