@@ -48,6 +48,7 @@ class Options:
     has_aux: bool
     cluster: Cluster
     dump_to: str | None
+    head_slices: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,7 @@ def analyse(
 
     program, aux = trace(loss_fn, params, microbatch, has_aux=options.has_aux)
     dump.step("traced", program.text())
+    program = dataclasses.replace(program, head_slices=options.head_slices)
     program = run(program, PROGRAM_PASSES, dump)
     graph = find_layers(program)
     dump.step("layers", graph.text())

@@ -25,6 +25,7 @@ def pipeline(
     has_aux: bool = False,
     cluster: Cluster | None = None,
     dump_to: str | None = None,
+    head_slices: int = 1,
 ) -> Any:
     """Turn a loss function, or a Flax module class, into a pipeline; also used as a decorator.
 
@@ -58,12 +59,16 @@ def pipeline(
         with the batch the microbatches' parts are concatenated, of others the mean is taken.
       cluster: what the devices can do; looked up by their kind if None.
       dump_to: folder for every form of the program on the way, as numbered text files.
+      head_slices: parts of the vocabulary into which the matmul before a softmax cross-entropy is
+        cut, each a layer of its own, so that several stages can share a large head.
 
     Raises:
       ValueError: an argument is out of range or of the wrong kind.
     """
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches is {num_microbatches}; use 1 or more")
+    if head_slices < 1:
+        raise ValueError(f"head_slices is {head_slices}; use 1 to leave the head whole, or more")
 
     def options() -> Options:
         chosen = tuple(jax.devices() if devices is None else devices)
@@ -92,6 +97,7 @@ def pipeline(
             has_aux=has_aux,
             cluster=known,
             dump_to=dump_to,
+            head_slices=head_slices,
         )
 
     def wrap(target: Any) -> Any:

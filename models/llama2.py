@@ -194,13 +194,30 @@ class Block(nn.Module):
         return x_BTD + MLP(self.config, name="mlp")(x_BTD)
 
 
-class Llama2(nn.Module):
-    """Maps tokens (B, T), integers below V, to the logits (B, T, V) of the token after each."""
+class Head(nn.Module):
+    """Holds the kernel (D, V) that maps the residual stream to logits."""
 
     config: Llama2Config
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    def __call__(self) -> jax.Array:
+        c = self.config
+        shape = (c.model_width, c.vocab_size)
+        return self.param("kernel", nn.initializers.lecun_normal(), shape, c.param_dtype)
+
+
+class Llama2(nn.Module):
+    """Maps tokens (B, T), integers below V, to the logits (B, T, V) of the token after each.
+
+    With before_head, returns the factors of the logits: hidden states (B, T, D), kernel (D, V).
+    """
+
+    config: Llama2Config
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: jax.Array, *, before_head: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         c = self.config
         x_BTD = nn.Embed(
             c.vocab_size, c.model_width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed"
@@ -208,4 +225,5 @@ class Llama2(nn.Module):
         for i in range(c.num_blocks):
             x_BTD = Block(c, name=f"layers_{i}")(x_BTD)
         x_BTD = RMSNorm(c, name="norm")(x_BTD)
-        return dense(c, "head", c.vocab_size)(x_BTD)
+        kernel_DV = Head(c, name="head")()
+        return (x_BTD, kernel_DV) if before_head else x_BTD @ kernel_DV.astype(c.dtype)

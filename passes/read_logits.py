@@ -260,7 +260,7 @@ class LogitsReader:
         if not wide.is_plain or tuple(eqn.params["axes"]) != (wide.axis,):
             raise _refusal(eqn)
         if self._is_differentiated(eqn):
-            raise _refusal(eqn, "has a gradient, which only its jax.lax.stop_gradient has not")
+            raise _refusal(eqn, "is differentiated; take its jax.lax.stop_gradient")
         maximum, _ = self._softmax(wide)
         return _like(eqn, maximum)
 
@@ -301,7 +301,8 @@ class LogitsReader:
         picked = self._reduce(pick_of(eqn, wide.take, wide.axis, self._size))
         if wide.shift is None:
             return picked
-        return picked + pick_constant(eqn, wide.shift, self._values.of(eqn.invars[1]), wide.axis)
+        indices = self._values.of(eqn.invars[1])
+        return picked + pick_constant(eqn, wide.shift, indices, wide.axis, self._size)
 
 
 _REDUCE: Mapping[str, Callable[[LogitsReader, JaxprEqn, Wide], Any]] = {

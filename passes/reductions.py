@@ -46,7 +46,7 @@ def softmax_of(take: Take, axis: int) -> Reduction:
     def reduction(part: Part, before: Any) -> Any:
         z = take(part)
         z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
-        maximum = jax.lax.stop_gradient(z.max(axis, keepdims=True))
+        maximum = jax.lax.stop_gradient(z).max(axis, keepdims=True)
         if before is not None:
             before = jax.lax.stop_gradient(before[0]), before[1]
             maximum = jnp.maximum(before[0], maximum)
@@ -66,29 +66,36 @@ def pick_of(eqn: JaxprEqn, take: Take, axis: int, size: int) -> Reduction:
     Each slice gives the entries that it has, and zero for the others. Outside of the vocabulary the
     gather's mode decides.
     """
-    fills = eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
 
     def reduction(part: Part, before: Any) -> Any:
         indices = part.whole(eqn.invars[1])
         targets = _targets(eqn, indices, axis)
-        if not fills:
+        outside = (targets < 0) | (targets >= size)
+        if not _fills(eqn):
             targets = jnp.clip(targets, 0, size - 1)
         local = jnp.clip(targets - part.start, 0, part.width - 1)
         picked = _gather(eqn, take(part), indices, axis, local)
         here = (targets >= part.start) & (targets < part.stop)
         picked = jnp.where(_at_result(eqn, here), picked, 0)
-        if before is None and fills:
+        if before is None and _fills(eqn):
             value = eqn.params["fill_value"]
-            outside = _at_result(eqn, (targets < 0) | (targets >= size))
-            before = jnp.where(outside, jnp.nan if value is None else value, jnp.zeros_like(picked))
+            zeros = jnp.zeros_like(picked)
+            before = jnp.where(_at_result(eqn, outside), jnp.nan if value is None else value, zeros)
         return picked if before is None else before + picked
 
     return reduction
 
 
-def pick_constant(eqn: JaxprEqn, value: Any, indices: Any, axis: int) -> Any:
-    """Return what a gather takes from a value of size 1 along the vocabulary."""
-    return _gather(eqn, value, indices, axis, jnp.zeros_like(_targets(eqn, indices, axis)))
+def pick_constant(eqn: JaxprEqn, value: Any, indices: Any, axis: int, size: int) -> Any:
+    """Return what a gather takes from a value of size 1 instead of `size` along the vocabulary."""
+    targets = _targets(eqn, indices, axis)
+    # Outside of the vocabulary, where nothing has a gradient, stays outside.
+    outside = (targets < 0) | (targets >= size)
+    return _gather(eqn, value, indices, axis, (outside & _fills(eqn)).astype(targets.dtype))
+
+
+def _fills(eqn: JaxprEqn) -> bool:
+    return eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
 
 
 def _component(eqn: JaxprEqn, axis: int) -> int:

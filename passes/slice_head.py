@@ -107,8 +107,8 @@ def _find_head(program: Program) -> _Head:
         raise ValueError(f"{message}there is no matmul by a parameter; set head_slices to 1")
     matmul, why = max(refused, key=lambda each: jaxprs.nbytes(v.aval for v in each[0].outvars))
     raise ValueError(
-        f"{message}the largest result, at {jaxprs.source_line(matmul)}, has another reader: {why}; "
-        "remove it, or set head_slices to 1"
+        f"{message}the one with the largest result, at {jaxprs.source_line(matmul)}, is not such: "
+        f"{why}; change that, or set head_slices to 1"
     )
 
 

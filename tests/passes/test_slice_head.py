@@ -1,0 +1,367 @@
+"""A head in slices: what the loss gives, what its stages save, and what is left alone."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from models import next_token_loss
+from models.llama2 import Llama2
+from passes import jaxprs
+from passes.cut_stages import cut_stages
+from passes.differentiate import differentiate
+from passes.layers import find_layers
+from passes.slice_head import slice_head
+from passes.work import count_work
+from tests.passes.on_host import layers_of, program_of, run_gradient
+from tests.passes.small_models import MODELS, TINY, array
+from tests.small_models import assert_close
+
+BATCH, LENGTH, WIDTH, VOCAB = 2, 5, 12, 50
+COUNT = 4  # which does not divide the vocabulary
+TOKEN_BYTES = 4 * BATCH * LENGTH  # of a float32 a token
+# Equal float32 sums in another order.
+RTOL = 1e-5
+
+PARAMS = {
+    "embedding": array(VOCAB, WIDTH) * 5,
+    "head": {"kernel": array(WIDTH, VOCAB, seed=1), "bias": array(VOCAB, seed=2)},
+}
+IDS = jnp.asarray(np.random.default_rng(3).integers(0, VOCAB, (BATCH, LENGTH)), jnp.int32)
+
+
+def hidden(p, ids):
+    return jnp.tanh(p["embedding"][ids])
+
+
+def logits_of(p, ids):
+    return hidden(p, ids) @ p["head"]["kernel"] + p["head"]["bias"]
+
+
+def pick(values, ids):
+    return jnp.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
+
+
+LOSSES: dict[str, Any] = {}
+
+
+def loss(fun):
+    LOSSES[fun.__name__] = fun
+    return fun
+
+
+@loss
+def optax_integer_labels(p, ids):
+    return optax.softmax_cross_entropy_with_integer_labels(logits_of(p, ids), ids).mean()
+
+
+@loss
+def optax_soft_labels(p, ids):
+    labels = optax.smooth_labels(jax.nn.one_hot(ids, VOCAB), 0.1)
+    return optax.softmax_cross_entropy(logits_of(p, ids), labels).mean()
+
+
+@loss
+def log_softmax_then_shift(p, ids):
+    """Positions are dropped, and types changed, behind the log_softmax."""
+    log_probs = jax.nn.log_softmax(logits_of(p, ids))[:, :-1].astype(jnp.float32)
+    return -pick(log_probs, ids[:, 1:]).mean()
+
+
+@loss
+def one_hot_sum(p, ids):
+    return -(jax.nn.log_softmax(logits_of(p, ids)) * jax.nn.one_hot(ids, VOCAB)).sum() / ids.size
+
+
+@loss
+def logsumexp_minus_logit_tied_and_capped(p, ids):
+    """With a soft cap and a penalty on the normaliser; the embedding is the head, transposed."""
+    logits = jnp.tanh(hidden(p, ids) @ p["embedding"].T * WIDTH**-0.5 / 5) * 5
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    return (normaliser - pick(logits, ids) + 1e-2 * normaliser**2).mean()
+
+
+@loss
+def tied_einsum_masked(p, ids):
+    """The vocabulary comes first, and some of it is masked away."""
+    logits = jnp.einsum("VD,BTD->VBT", p["embedding"], hidden(p, ids))
+    logits = jnp.where(jnp.arange(VOCAB)[:, None, None] < 13, -jnp.inf, logits)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids % 20 + 20, axis=0)
+    return jnp.where(ids % 3 > 0, losses, 0).sum() / 7
+
+
+@loss
+def flat_and_indexed(p, ids):
+    log_probs = jax.nn.log_softmax(logits_of(p, ids).reshape(-1, VOCAB))
+    return -log_probs[jnp.arange(ids.size), ids.reshape(-1)].mean()
+
+
+@loss
+def vmapped(p, ids):
+    def example_loss(ids_T):
+        log_probs = jax.nn.log_softmax(logits_of(p, ids_T))
+        return -jax.vmap(lambda row, i: row[i])(log_probs, ids_T).mean()
+
+    return jax.vmap(example_loss)(ids).mean()
+
+
+@loss
+def by_hand(p, ids):
+    logits = logits_of(p, ids)
+    logits = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    return (jnp.log(jnp.exp(logits).sum(-1)) - pick(logits, ids)).mean()
+
+
+@loss
+def low_rank_change_of_the_kernel(p, ids):
+    kernel = p["head"]["kernel"] + p["embedding"][:WIDTH, :3] @ p["embedding"].T[:3]
+    return -pick(jax.nn.log_softmax(hidden(p, ids) @ kernel), ids).mean()
+
+
+def half(p, ids):
+    """A bfloat16 matmul; the loss in float32."""
+    x, kernel = (a.astype(jnp.bfloat16) for a in (hidden(p, ids), p["head"]["kernel"]))
+    log_probs = jax.nn.log_softmax((x @ kernel).astype(jnp.float32))
+    return -pick(log_probs, ids).mean()
+
+
+@functools.cache
+def program(fun, count=1):
+    if count > 1:
+        return slice_head(dataclasses.replace(program(fun), head_slices=count))
+    with jax.numpy_dtype_promotion("standard"):  # what optax needs
+        return program_of(fun, PARAMS, IDS)
+
+
+@functools.cache
+def value_and_grad(fun, count=1):
+    """Return the compiled loss and gradient of parameters and tokens."""
+    return jax.jit(jax.value_and_grad(loss_of(program(fun, count))))
+
+
+def loss_of(program):
+    def loss(params, ids):
+        args = [*program.constants, *jax.tree.leaves(params), ids]
+        return jaxprs.evaluate(program.jaxpr, args)[0]
+
+    return loss
+
+
+def check(fun, params, *, rtol=RTOL):
+    """Compare loss and gradients of slices with those of the whole; returns the loss."""
+    wanted_loss, wanted = value_and_grad(fun)(params, IDS)
+    got_loss, got = value_and_grad(fun, COUNT)(params, IDS)
+    assert_close(got_loss, wanted_loss, rtol=RTOL)
+    assert_close(got, wanted, rtol=rtol)
+    return wanted_loss
+
+
+def saved_bytes(program):
+    """Return the bytes that each layer, as a stage, saves beside what crosses anyway."""
+    graph = find_layers(program)
+    gradients = differentiate(cut_stages(graph, range(len(graph.layers) + 1)))
+    ends = [len(g.forward.outvars) - g.num_saved for g in gradients]
+    return [
+        jaxprs.nbytes(v.aval for v in g.forward.outvars[end:])
+        for g, end in zip(gradients, ends, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradients_are_those_of_the_whole(name):
+    check(LOSSES[name], PARAMS)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_slice_is_a_layer_and_differentiated_alone(name):
+    graph = find_layers(program(LOSSES[name], COUNT))
+    assert len(graph.layers) == 1 + COUNT
+    assert len({layer.name for layer in graph.layers}) == 1 + COUNT
+    stages = cut_stages(graph, range(len(graph.layers) + 1))
+    results, sums = run_gradient(stages, differentiate(stages), PARAMS, IDS)
+    wanted_loss, wanted = value_and_grad(LOSSES[name])(PARAMS, IDS)
+    assert_close(results[0], wanted_loss, rtol=RTOL)
+    assert_close(sums, jax.tree.leaves(wanted), rtol=RTOL)
+    # The hidden states, the maximum, and a sum or two a reduction: nothing as wide as a slice.
+    for stage in stages.stages[2:]:
+        inputs = [stages.crossings[c].aval for c in stage.inputs]
+        assert jaxprs.nbytes(inputs) <= (WIDTH + 4) * TOKEN_BYTES
+
+
+@pytest.mark.parametrize("place", [0, 15, 30, 49])
+def test_the_largest_logit_may_be_in_any_slice(place):
+    raised = PARAMS["head"]["bias"].at[place].add(30.0)
+    check(optax_integer_labels, {**PARAMS, "head": {**PARAMS["head"], "bias": raised}})
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_large_logits_do_not_overflow(sign):
+    # Rising, so that each slice rescales the sum of those before it; or falling.
+    bias = sign * jnp.linspace(0, 1e4, VOCAB)
+    loss = check(optax_integer_labels, {**PARAMS, "head": {**PARAMS["head"], "bias": bias}})
+    assert np.isfinite(loss) and loss > 1e3
+
+
+@pytest.mark.parametrize("target", [-1, -VOCAB - 1, VOCAB, VOCAB + 20])
+@pytest.mark.parametrize(
+    ("name", "has_gradient"),
+    [
+        ("optax_integer_labels", True),  # the gather from the logits gives nan
+        ("log_softmax_then_shift", True),  # likewise, from the log-probabilities
+        ("vmapped", True),  # it clips
+        ("flat_and_indexed", False),  # it promises what is not so
+    ],
+)
+def test_targets_outside_of_the_vocabulary(name, has_gradient, target):
+    ids = IDS.at[0, 1].set(target)
+    wanted_loss, wanted = value_and_grad(LOSSES[name])(PARAMS, ids)
+    got_loss, got = value_and_grad(LOSSES[name], COUNT)(PARAMS, ids)
+    np.testing.assert_allclose(got_loss, wanted_loss, rtol=RTOL, equal_nan=True)
+    if has_gradient:
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=RTOL, atol=1e-6, equal_nan=True)
+
+
+def test_bfloat16_logits():
+    # Gradients of the hidden states are sums of COUNT bfloat16s, each of 8 bits.
+    check(half, PARAMS, rtol=COUNT * 2**-8)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_more_is_saved_than_by_the_whole(name):
+    whole, parts = (sum(saved_bytes(program(LOSSES[name], k))) for k in (1, COUNT))
+    # Beside its part of the logits, a slice saves some numbers a token: no more than four.
+    assert parts <= whole + 4 * COUNT * TOKEN_BYTES
+
+
+def test_a_capped_head_saves_half_as_much():
+    capped = logsumexp_minus_logit_tied_and_capped
+    whole, parts = (sum(saved_bytes(program(capped, k))) for k in (1, COUNT))
+    assert whole >= 2 * VOCAB * TOKEN_BYTES
+    assert parts <= (VOCAB + 4 * COUNT) * TOKEN_BYTES
+
+
+def test_half_as_much_is_saved_of_bfloat16_logits():
+    hidden, *parts = saved_bytes(program(half, COUNT))
+    assert VOCAB // 2 * TOKEN_BYTES <= sum(parts) <= (VOCAB // 2 + 4 * COUNT) * TOKEN_BYTES
+    assert sum(saved_bytes(program(half))) >= hidden + VOCAB * TOKEN_BYTES
+
+
+@pytest.mark.parametrize("name", ["by_hand", "logsumexp_minus_logit_tied_and_capped"])
+def test_a_kernel_is_read_by_static_slices_only(name):
+    after = program(LOSSES[name], COUNT)
+    path = "head/kernel" if name == "by_hand" else "embedding"
+    kernel = after.param_vars[after.params.index(path)]
+    readers = [e for e in after.jaxpr.eqns if kernel in jaxprs.reads(e)]
+    slices = [e for e in readers if e.primitive.name == "slice"]
+    # A tied embedding is looked up, too.
+    others = [e.primitive.name for e in readers if e not in slices]
+    assert others == ([] if name == "by_hand" else ["gather"])
+    axis = 1 if name == "by_hand" else 0
+    spans = sorted(
+        (e.params["start_indices"][axis], e.params["limit_indices"][axis]) for e in slices
+    )
+    assert spans == [(0, 12), (12, 25), (25, 37), (37, 50)]
+
+
+def test_one_slice_is_the_program_itself():
+    whole = program(optax_integer_labels)
+    assert slice_head(whole) is whole
+
+
+def returned(p, ids):
+    logits = logits_of(p, ids)
+    return -pick(jax.nn.log_softmax(logits), ids).mean(), logits
+
+
+def accuracy(p, ids):
+    logits = logits_of(p, ids)
+    return -pick(jax.nn.log_softmax(logits), ids).mean(), (logits.argmax(-1) == ids).mean()
+
+
+def squares(p, ids):
+    return (logits_of(p, ids) ** 2).mean(), ()
+
+
+def differentiated_maximum(p, ids):
+    logits = logits_of(p, ids)
+    return (jax.nn.logsumexp(logits, axis=-1) + logits.max(-1)).mean(), ()
+
+
+def no_matmul(p, ids):
+    return hidden(p, ids).mean(), ()
+
+
+@pytest.mark.parametrize(
+    ("fun", "message"),
+    [
+        (returned, "the loss function returns it"),
+        (accuracy, "argmax at .*test_slice_head.py"),
+        (squares, "no sum of its exponentials"),
+        (differentiated_maximum, "reduce_max at .*test_slice_head.py.* is differentiated"),
+        (no_matmul, "there is no matmul by a parameter"),
+    ],
+)
+def test_what_is_no_head_is_left_alone_or_refused(fun, message):
+    whole = program_of(fun, PARAMS, IDS, has_aux=True)
+    assert slice_head(whole) is whole
+    with pytest.raises(ValueError, match=f"head_slices is 2.*{message}.*set head_slices to 1"):
+        slice_head(dataclasses.replace(whole, head_slices=2))
+
+
+def test_more_slices_than_the_vocabulary_has_entries():
+    with pytest.raises(ValueError, match=r"head_slices is 51, .* 50; lower head_slices to 50"):
+        program(optax_integer_labels, VOCAB + 1)
+
+
+def test_heavy_equations_that_share_what_they_read_are_layers():
+    """Three small readouts of one stream; beside it little is carried from one to the next."""
+    p = {
+        "embedding": array(16, 32),
+        **{k: array(32, 1, seed=i) for i, k in enumerate("abc")},
+    }
+
+    def loss(p, ids):
+        x = jnp.sin(p["embedding"][ids])
+        return sum(jnp.tanh(x @ p[k]) for k in "abc").mean()
+
+    graph = layers_of(loss, p, IDS % 16)
+    assert [layer.name for layer in graph.layers] == ["embedding", "a", "b", "c"]
+
+
+def test_a_loss_that_slices_its_head_itself():
+    _, params, batch = MODELS["llama2"]()
+
+    def loss(p, batch):
+        model = functools.partial(Llama2(TINY).apply, {"params": p})
+        return next_token_loss(model, batch, head_slices=COUNT)
+
+    names = [layer.name for layer in layers_of(loss, params, batch).layers]
+    assert [name for name in names if "head" in name] == ["head", "head#2", "head#3", "head#4"]
+    assert len(names) == 1 + 2 * TINY.num_blocks + COUNT
+
+
+def test_a_vocabulary_of_262144_in_four_equal_layers():
+    width, vocab = 8, 262_144
+    p = {"embedding": array(16, width), "head": array(width, vocab)}
+    ids = jnp.arange(4, dtype=jnp.int32)[None]
+
+    def loss(p, ids):
+        log_probs = jax.nn.log_softmax(p["embedding"][ids] @ p["head"])
+        return -pick(log_probs, ids * 80_000).mean()
+
+    whole = program_of(loss, p, ids)
+    parts = slice_head(dataclasses.replace(whole, head_slices=4))
+    wanted, got = (jax.jit(jax.value_and_grad(loss_of(each)))(p, ids) for each in (whole, parts))
+    assert_close(got[0], wanted[0], rtol=RTOL)
+    assert_close(got[1], wanted[1], rtol=RTOL)
+    work = count_work(find_layers(parts))[1:]
+    assert len(work) == 4
+    for flops in [w.forward.flops for w in work], [w.backward.flops for w in work]:
+        assert min(flops) > 2 * 4 * width * vocab / 4  # the matmul of a slice at least
+        assert max(flops) <= 1.1 * min(flops)
