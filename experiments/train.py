@@ -1,6 +1,7 @@
 """Trains a model, as a pipeline, on the source of Python's standard library.
 
 python -m experiments.train --model=llama2 --size=tiny --num_devices=4 --strategy=1f1b
+python -m experiments.launch --num_processes=4 -- experiments.train --num_devices=4  # one each
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import jaxptis
+from experiments import distributed
 from experiments.stdlib_bytes import load_corpus, sample_batch, spread_batches
 from models import MODELS, next_token_loss
 
@@ -90,13 +92,7 @@ def main(argv: list[str]) -> None:
     """Trains, prints what came of it, and writes it to --json_output."""
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
-    # Without effect on accelerators; on the CPU backend it makes as many devices as are needed.
-    jax.config.update("jax_num_cpu_devices", NUM_DEVICES.value)
-    devices = jax.devices()[: NUM_DEVICES.value]
-    if len(devices) < NUM_DEVICES.value:
-        raise ValueError(
-            f"--num_devices={NUM_DEVICES.value}, but JAX sees {len(devices)}; lower it"
-        )
+    devices = distributed.join(NUM_DEVICES.value)
     model = MODELS[MODEL.value]
     pipeline = jaxptis.pipeline(
         num_microbatches=NUM_MICROBATCHES.value,
@@ -107,10 +103,11 @@ def main(argv: list[str]) -> None:
     trainer = pipeline(model.module)(model.sizes[SIZE.value]).trainer(
         loss=next_token_loss, optimizer=make_optimizer(LEARNING_RATE.value, NUM_STEPS.value)
     )
-    console = Console()
+    first = jax.process_index() == 0  # which writes for all
+    console = Console(quiet=not first)
     history = train(trainer, console)
     report(trainer, history, console)
-    if JSON_OUTPUT.value is not None:
+    if JSON_OUTPUT.value is not None and first:
         results = to_json(trainer, history)
         pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -72,6 +72,7 @@ class Compiled:
         program = pipeline.stages.program
         self.cuts = Cuts(program.pieces, [aval.shape for aval in program.leaf_avals])
         self.batch = Placement(steps.batch_copies(pipeline).homes, compiler.devices)
+        self.results = Placement(steps.result_homes(pipeline, compiler), compiler.devices)
         self._compiler = compiler
         self._param_types = params
         self._training: dict[optax.GradientTransformation, Training] = {}
@@ -131,6 +132,8 @@ class Compiled:
             dump.step("instructions", executable.rows.text())
             for stage, kind in self.pipeline.programs:
                 program = executable.programs[stage_program_name(stage, kind)]
+                if not self._compiler.is_local(program.spec.device):
+                    continue  # its own process writes it
                 dump.file(f"stage{stage:02d}.{KINDS[kind]}.hlo", program.as_text("hlo"))
         return executable
 
@@ -176,10 +179,11 @@ class Call:
 
     def split(self, outs: Sequence[Any]) -> tuple[Any, list[Any]]:
         """Return, of a step's outputs, what the loss function returns, and those behind it."""
-        analysis = self.compiled.pipeline.analysis
-        count = len(analysis.result_axes)
-        loss, *aux = outs[:count]
-        value = (loss, jax.tree.unflatten(jax.tree.structure(analysis.aux), aux))
+        results = self.compiled.results
+        count = results.num_copies
+        loss, *aux = results.arrays(outs[:count])
+        structure = jax.tree.structure(self.compiled.pipeline.analysis.aux)
+        value = (loss, jax.tree.unflatten(structure, aux))
         return value if self.has_aux else loss, list(outs[count:])
 
 

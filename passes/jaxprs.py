@@ -1,4 +1,4 @@
-"""The one file that knows JAX's private types and how they differ between versions.
+"""The one file that knows JAX's private parts and how they differ between versions.
 
 Everywhere else a jaxpr is an open `Jaxpr` without constants: its inputs are `invars`, its equations
 `eqns`, its results `outvars`. Here such jaxprs are traced, rebuilt, sliced and evaluated.
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax._src import distributed
 from jax._src.interpreters import partial_eval
 from jax._src.lax.lax import optimization_barrier_p
 from jax.extend import core
@@ -33,6 +34,7 @@ __all__ = [
     "inline",
     "is_float",
     "nbytes",
+    "process_service",
     "read_vars",
     "reads",
     "rebuild",
@@ -391,3 +393,11 @@ def is_float(aval: Any) -> bool:
 def nbytes(avals: Iterable[Any]) -> int:
     """Return the bytes that values of these types take."""
     return sum(aval.size * aval.dtype.itemsize for aval in avals)
+
+
+def process_service() -> Any:
+    """Return the client of the key-value service that `jax.distributed` runs, or None.
+
+    It is here for being private: JAX has no public way to the service.
+    """
+    return distributed.global_state.client

@@ -1,8 +1,9 @@
 """Compiles programs for their devices, each distinct one once, many at a time."""
 
 import collections
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxptis.executor.programs import Aval, ProgramSpec
 from jaxptis.executor.transfer import Exchange, Route
+from jaxptis.processes import Processes, is_local
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CompiledProgram:
-    """A compiled program, open to inspection."""
+    """A program, open to inspection; one of another process is compiled when it is looked at."""
 
     spec: ProgramSpec
-    lowered: Any
-    compiled: Any
+    _lower: Callable[[], Any]
+
+    @functools.cached_property
+    def lowered(self) -> Any:
+        """What JAX made of it for XLA."""
+        return self._lower()
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """What XLA made of it, which can be called."""
+        return self.lowered.compile()
 
     def as_text(self, form: str) -> str:
         """Return the program as "jaxpr", as "stablehlo", or as "hlo" (what XLA made of it).
@@ -59,10 +70,14 @@ def replicated(devices: Sequence[Any]) -> NamedSharding:
 
 
 class Compiler:
-    """Compiles for a fixed list of devices and remembers what it has compiled."""
+    """Compiles for a fixed list of devices and remembers what it has compiled.
+
+    Of devices of several processes each process compiles what runs on its own.
+    """
 
     def __init__(self, devices: Sequence[Any]) -> None:
         self.devices = tuple(devices)
+        self.processes = Processes(self.devices)
         self._programs: dict[tuple[Any, ...], CompiledProgram] = {}
         self._exchanges: dict[Route, Exchange] = {}
         self._placeholders: dict[tuple[int, Aval], Any] = {}
@@ -82,23 +97,23 @@ class Compiler:
           specs: the programs.
           donated: for each the positions of inputs that XLA may overwrite.
         """
-        lowered = {name: self._lower(spec, donated[name]) for name, spec in specs.items()}
-        keys = {
-            name: (lowered[name].as_text(), spec.device, donated[name])
+        programs = {
+            name: CompiledProgram(spec, functools.partial(self._lower, spec, donated[name]))
             for name, spec in specs.items()
+        }
+        keys = {
+            name: (programs[name].lowered.as_text(), spec.device, donated[name])
+            for name, spec in specs.items()
+            if self.is_local(spec.device)
         }
         missing = {key: name for name, key in keys.items() if key not in self._programs}
         first = {text: (text, *rest) for text, *rest in reversed(missing)}
         # Programs that differ in their device only come second: where the backend's programs are
         # not bound to a device (GPU), JAX's compilation cache has them by then.
         for wave in (first.values(), missing.keys() - set(first.values())):
-            names = [missing[key] for key in wave]
-            compiled = _in_parallel(lambda name: lowered[name].compile(), names)
-            for key, name, result in zip(wave, names, compiled, strict=True):
-                self._programs[key] = CompiledProgram(
-                    spec=specs[name], lowered=lowered[name], compiled=result
-                )
-        return {name: self._programs[key] for name, key in keys.items()}
+            _in_parallel(lambda key: programs[missing[key]].compiled, wave)
+            self._programs.update((key, programs[missing[key]]) for key in wave)
+        return programs | {name: self._programs[key] for name, key in keys.items()}
 
     def exchanges(self, routes: Sequence[Route]) -> dict[Route, Exchange]:
         """Compile transfers, each distinct one once."""
@@ -110,6 +125,22 @@ class Compiler:
         _in_parallel(lambda exchange: exchange.compile(), new.values())
         self._exchanges.update(new)
         return {route: self._exchanges[route] for route in routes}
+
+    def is_local(self, device: int) -> bool:
+        """Whether a device belongs to this process."""
+        return is_local(self.devices[device])
+
+    def one_per_process(self, first: int) -> tuple[int, ...]:
+        """Return a device, and then one of each other process."""
+        chosen = {self.devices[first].process_index: first}
+        for i, device in enumerate(self.devices):
+            chosen.setdefault(device.process_index, i)
+        return tuple(chosen.values())
+
+    def elsewhere(self, device: int, aval: Aval) -> jax.Array:
+        """Return what stands, in this process, for an array on a device of another."""
+        sharding = replicated([self.devices[device]])
+        return jax.make_array_from_single_device_arrays(aval.shape, sharding, [], dtype=aval.dtype)
 
     def _placeholder(self, device: int, aval: Aval) -> Any:
         key = device, aval

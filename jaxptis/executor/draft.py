@@ -1,6 +1,6 @@
 """A step while it is put together, and the copies of leaves that it works on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,19 @@ class Draft:
         for place, name, value in zip(split.inputs, names, values, strict=False):
             self.constants.update({(device, name): value for device in place.homes})
 
+    def share(self, wanted: Mapping[str, Homes]) -> list[Buffer]:
+        """Add the transfers that bring buffers from their first homes to the others.
+
+        A device that has been given a buffer passes it on, so that all have it soon.
+        """
+        for name, homes in wanted.items():
+            count = 1
+            while count < len(homes):
+                for source, target in zip(homes[:count], homes[count:], strict=False):
+                    self.rows.transfer(source, target, name)
+                count *= 2
+        return [(device, name) for name, homes in wanted.items() for device in homes]
+
     def executable(
         self, compiler: Compiler, outputs: Sequence[Buffer], consumed: Sequence[Buffer] = ()
     ) -> Executable:
@@ -67,6 +80,8 @@ class Draft:
         read = {(device, name) for device, row in rows for each in row for name in each.reads}
         constants = {
             (device, name): jax.device_put(value, compiler.devices[device])
+            if compiler.is_local(device)
+            else value
             for (device, name), value in self.constants.items()
             if (device, name) in read
         }

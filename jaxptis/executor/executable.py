@@ -2,7 +2,7 @@
 
 import collections
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,14 @@ class _Op:
 
 
 class Executable:
-    """Runs the instruction lists of all devices from one process.
+    """Runs the instruction lists of the devices of this process.
 
     Everything is compiled and looked up when it is made. A call walks a flat list: take the inputs
     out of their slots, call the program, put the results into theirs, drop what is not read again.
+
+    A transfer may wait for another process, and the next one for a third. All processes take the
+    instructions of all devices in one order, each leaving out those without a device of its own:
+    so they never wait in a circle.
     """
 
     def __init__(
@@ -67,19 +71,36 @@ class Executable:
             nbytes={name: jaxprs.nbytes([aval]) for (_, name), aval in types.items()},
             donated=donated,
         )
+        compiler.processes.check_same(
+            "instructions of a step", _text(compiler.devices, self.rows, types)
+        )
+        local = {device for device in range(len(rows.rows)) if compiler.is_local(device)}
+        mine = [i for i, step in enumerate(steps) if not local.isdisjoint(dict(step.ends))]
         self.programs = compiler.programs(specs, donated)
-        self.exchanges = compiler.exchanges(list(routes.values()))
+        self.exchanges = compiler.exchanges([routes[i] for i in mine if i in routes])
+        compiler.processes.wait_for_all()
         slots: dict[Buffer, int] = collections.defaultdict(lambda: len(slots))
-        self._inputs = [slots[buffer] for buffer in inputs]
+        nowhere = slots[-1, "a copy on a device of another process"]
+        self._inputs = [slots[b] if b[0] in local else nowhere for b in inputs]
         self._ops = [
-            _bind(step, slots, self.programs, self.exchanges[routes[i]] if i in routes else None)
-            for i, step in enumerate(steps)
+            _bind(
+                steps[i],
+                slots,
+                local,
+                self.programs,
+                self.exchanges[routes[i]] if i in routes else None,
+            )
+            for i in mine
         ]
         self._outputs = [slots[buffer] for buffer in outputs]
         self._devices = [device for device, _ in slots]
         self._blank: list[Any] = [None] * len(slots)
         for buffer, value in constants.items():
-            self._blank[slots[buffer]] = value
+            if buffer[0] in local:
+                self._blank[slots[buffer]] = value
+        for buffer in outputs:
+            if buffer[0] not in local:
+                self._blank[slots[buffer]] = compiler.elsewhere(buffer[0], types[buffer])
         self.num_tasks = sum(
             isinstance(each, Run) and each.task is not None for row in rows.rows for each in row
         )
@@ -187,13 +208,19 @@ def _donated(steps: Sequence[Step], specs: Mapping[str, ProgramSpec]) -> dict[st
     return {name: donations(spec, sorted(consumed[name])) for name, spec in specs.items()}
 
 
+def _text(devices: Sequence[Any], rows: Rows, types: Mapping[Buffer, Aval]) -> str:
+    buffers = (f"{buffer} {aval.dtype} {aval.shape}" for buffer, aval in types.items())
+    return "\n".join([*map(str, devices), rows.text(), *buffers])
+
+
 def _bind(
     step: Step,
     slots: dict[Buffer, int],
+    local: Set[int],
     programs: Mapping[str, CompiledProgram],
     exchange: Exchange | None,
 ) -> _Op:
-    """Look up what a step calls, and the slots it works on."""
+    """Look up what a step calls, and the slots of local devices that it works on."""
     call: Callable[..., Sequence[Any]]
     device, instruction = step.ends[0]
     if isinstance(instruction, Run):
@@ -208,10 +235,12 @@ def _bind(
             (peer, name)
             for peer, (_, each) in zip(peers, step.ends, strict=True)
             for name in each.reads
+            if peer in local
         ]
+    ends = [(d, each) for d, each in step.ends if d in local]
     return _Op(
         call=call,
-        reads=tuple(slots[d, name] for d, each in step.ends for name in each.reads),
+        reads=tuple(slots[d, name] for d, each in ends for name in each.reads),
         writes=tuple(slots[buffer] for buffer in written),
-        frees=tuple(slots[d, name] for d, each in step.ends for name in each.frees),
+        frees=tuple(slots[d, name] for d, each in ends for name in each.frees),
     )

@@ -123,15 +123,25 @@ def predicted_memory(pipeline: Pipeline, *state: Copies) -> tuple[DeviceMemory, 
     return predict_memory(pipeline.plan, tasks, nbytes, resident)
 
 
+def result_homes(pipeline: Pipeline, compiler: Compiler) -> list[Homes]:
+    """Return where each result is: where it is made, and on a device of every other process."""
+    made = {
+        r: placed.device
+        for stage, placed in zip(pipeline.stages.stages, pipeline.plan.stages, strict=True)
+        for r in stage.results
+    }
+    return [compiler.one_per_process(made[r]) for r in sorted(made)]
+
+
 def evaluation(pipeline: Pipeline, compiler: Compiler) -> Executable:
     """Return the forward: parameters and batch in, results out."""
     plan = pipeline.plan.forward_only()
-    draft = Draft(plan.num_devices)
+    draft = Draft(len(compiler.devices))
     stages = pipeline.stages.stages
     _bind_constants(draft, plan, [stage.constants for stage in stages])
     programs = {(s, "F"): stage.program() for s, stage in enumerate(stages)}
-    results = _add_tasks(draft, pipeline, plan, programs)
-    return draft.executable(compiler, results)
+    _add_tasks(draft, pipeline, plan, programs)
+    return draft.executable(compiler, _share_results(draft, pipeline, compiler))
 
 
 def gradient_step(pipeline: Pipeline, compiler: Compiler) -> tuple[Executable, tuple[Homes, ...]]:
@@ -139,7 +149,7 @@ def gradient_step(pipeline: Pipeline, compiler: Compiler) -> tuple[Executable, t
 
     Parameters and batch in; results and gradients, of whole leaves, out.
     """
-    draft, results = _draft_gradient(pipeline)
+    draft = _draft_gradient(pipeline, compiler)
     params = param_copies(pipeline)
     program = pipeline.stages.program
 
@@ -161,6 +171,7 @@ def gradient_step(pipeline: Pipeline, compiler: Compiler) -> tuple[Executable, t
     )
     grads = draft.split(split, "finish", _sum_names(params))
     owned = [(homes[0], buffer) for buffer, homes in grads]
+    results = _share_results(draft, pipeline, compiler)
     return draft.executable(compiler, [*results, *owned]), tuple(homes for _, homes in grads)
 
 
@@ -177,7 +188,7 @@ def train_step(
     Returns:
       The step, where the parts of the state live, and the pieces of each leaf of the state.
     """
-    draft, results = _draft_gradient(pipeline)
+    draft = _draft_gradient(pipeline, compiler)
     params = param_copies(pipeline)
     update, constants, pieces = _update(pipeline, optimizer, params_tree)
     num_state = sum(map(len, pieces))
@@ -225,6 +236,7 @@ def train_step(
     draft.inputs = {**params.buffers(), **state.buffers(), **batch_copies(pipeline).buffers()}
     outputs = [(device, buffer) for buffer, homes in placed for device in homes]
     consumed = [*params.buffers(), *state.buffers()]
+    results = _share_results(draft, pipeline, compiler)
     return draft.executable(compiler, [*results, *outputs], consumed), state, pieces
 
 
@@ -349,10 +361,10 @@ def _sum_names(params: Copies) -> list[str]:
     return [gradient_sum(p, d) for p, homes in enumerate(params.homes) for d in homes]
 
 
-def _draft_gradient(pipeline: Pipeline) -> tuple[Draft, list[Buffer]]:
+def _draft_gradient(pipeline: Pipeline, compiler: Compiler) -> Draft:
     """Start a step with the tasks of the plan; its results and the sums of gradients are ready."""
     plan = pipeline.plan
-    draft = Draft(plan.num_devices)
+    draft = Draft(len(compiler.devices))
     _add_zeros(draft, pipeline)
     _bind_constants(draft, plan, [gradient.constants for gradient in pipeline.gradients])
     # The loss of the step is a mean, so each microbatch's counts for 1/M.
@@ -361,7 +373,8 @@ def _draft_gradient(pipeline: Pipeline) -> tuple[Draft, list[Buffer]]:
     for stage, placed in zip(pipeline.stages.stages, plan.stages, strict=True):
         if stage.makes_loss:
             draft.constants[placed.device, "d_loss"] = share
-    return draft, _add_tasks(draft, pipeline, plan, pipeline.programs)
+    _add_tasks(draft, pipeline, plan, pipeline.programs)
+    return draft
 
 
 def _tasks(pipeline: Pipeline, programs: Mapping[tuple[int, str], StageProgram]) -> TaskPrograms:
@@ -393,8 +406,8 @@ def _add_tasks(
     pipeline: Pipeline,
     plan: Plan,
     programs: Mapping[tuple[int, str], StageProgram],
-) -> list[Buffer]:
-    """Add the tasks and what joins their results; returns the results of the step."""
+) -> None:
+    """Add the tasks and what joins their results."""
     homes = [placed.device for placed in plan.stages]
     for (s, kind), program in programs.items():
         draft.specs[stage_program_name(s, kind)] = stage_program(
@@ -406,7 +419,6 @@ def _add_tasks(
 
     count = plan.num_microbatches
     avals = jaxprs.avals(pipeline.stages.program.jaxpr.outvars)
-    where: dict[int, int] = {}
     for device in range(plan.num_devices):
         held = [
             r
@@ -424,5 +436,9 @@ def _add_tasks(
                 [f"{result(r)}.{m}" for r in held for m in range(count)],
                 [result(r) for r in held],
             )
-            where.update(dict.fromkeys(held, device))
-    return [(where[r], result(r)) for r in range(len(avals))]
+
+
+def _share_results(draft: Draft, pipeline: Pipeline, compiler: Compiler) -> list[Buffer]:
+    """Add the transfers that bring the results to all processes; returns where they are then."""
+    homes = result_homes(pipeline, compiler)
+    return draft.share({result(r): devices for r, devices in enumerate(homes)})

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxptis.executor.programs import Aval
+from jaxptis.processes import is_local
 
 Device = Any  # jax.Device
 
@@ -41,6 +42,8 @@ class Exchange:
     ) -> None:
         """Lower the program; `compile` must follow.
 
+        A process runs its own end, or both. It compiles without the other.
+
         Args:
           route: what crosses.
           devices: all devices of the pipeline.
@@ -52,21 +55,24 @@ class Exchange:
         # shards equal, which they are not; nobody looks at the array as a whole.
         sharding = NamedSharding(mesh, PartitionSpec())
         self._sharding = sharding
+        local = [end for end in (0, 1) if is_local(devices[route.devices[end]])]
+        count = len(route.sends[0]) if 0 not in local else 0  # sent elsewhere, by the first device
         self._inputs = [
             (
-                lane.aval.shape,
+                lane.aval,
                 [
-                    placeholder(route.devices[end], lane.aval) if sent is None else sent
+                    placeholder(route.devices[end], lane.aval) if sent is None else sent - count
                     for end, sent in enumerate(lane.sends)
+                    if end in local
                 ],
             )
             for lane in lanes
         ]
         self._outputs = sorted(
-            (sent, index, 1 - end)
+            (sent, index, local.index(1 - end))
             for index, lane in enumerate(lanes)
             for end, sent in enumerate(lane.sends)
-            if sent is not None
+            if sent is not None and 1 - end in local
         )
 
         def transfer(*values: jax.Array) -> list[jax.Array]:
@@ -93,19 +99,22 @@ class Exchange:
         self.compiled = self.lowered.compile()
 
     def __call__(self, *values: jax.Array) -> list[jax.Array]:
-        """Return what arrives, in the order in which it is sent.
+        """Return what arrives at devices of this process, in the order in which it is sent.
 
         Args:
-          *values: what the first device sends, then what the second does.
+          *values: what the first device sends, then what the second does, if they are local.
         """
         arrays = [
             jax.make_array_from_single_device_arrays(
-                shape, self._sharding, [values[x] if isinstance(x, int) else x for x in ends]
+                aval.shape,
+                self._sharding,
+                [values[x] if isinstance(x, int) else x for x in ends],
+                dtype=aval.dtype,
             )
-            for shape, ends in self._inputs
+            for aval, ends in self._inputs
         ]
         arrived = self.compiled(*arrays)
-        return [arrived[lane].addressable_shards[end].data for _, lane, end in self._outputs]
+        return [arrived[lane].addressable_shards[index].data for _, lane, index in self._outputs]
 
 
 def _lanes(route: Route) -> list[_Lane]:

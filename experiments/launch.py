@@ -1,0 +1,123 @@
+"""Runs an experiment in several processes of this machine.
+
+python -m experiments.launch --num_processes=4 -- experiments.train --num_devices=4 --size=tiny
+
+What a process prints is shown with its number before each line. If one fails the others are
+stopped, and so they are by Ctrl-C.
+"""
+
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from types import FrameType
+
+from absl import app, flags
+
+STOP_S = 5.0  # how long a process may take to stop before it is killed
+
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", 2, "Processes to run.", lower_bound=1)
+DEVICES_PER_PROCESS = flags.DEFINE_integer(
+    "devices_per_process",
+    1,
+    "Devices of each: the first process has the machine's first ones, and so on.",
+    lower_bound=1,
+)
+
+Child = subprocess.Popen[str]
+
+
+def main(argv: list[str]) -> None:
+    """Starts the processes and waits for them; exits with 1 if one fails."""
+    if len(argv) < 2 or argv[1].startswith("-"):
+        raise app.UsageError("name an experiment: [flags] -- experiments.train [its flags]")
+    signal.signal(signal.SIGTERM, _interrupt)
+    address = f"127.0.0.1:{free_port()}"
+    children: list[Child] = []
+    try:
+        for index in range(NUM_PROCESSES.value):
+            children.append(start(argv[1:], address, index))
+        failure = wait(children)
+    except KeyboardInterrupt:
+        failure = "interrupted"
+    finally:
+        stop(children)
+    if failure is not None:
+        sys.exit(f"experiments.launch: {failure}; all processes are stopped")
+
+
+def free_port() -> int:
+    """Returns a port that nothing listens on now."""
+    with socket.socket() as each:
+        each.bind(("127.0.0.1", 0))
+        return each.getsockname()[1]
+
+
+def start(command: Sequence[str], address: str, index: int) -> Child:
+    """Starts one process of `command`, a module and its flags."""
+    module, *arguments = command
+    first = index * DEVICES_PER_PROCESS.value
+    local = ",".join(str(first + i) for i in range(DEVICES_PER_PROCESS.value))
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-u", "-m", module, *arguments),
+            f"--coordinator_address={address}",
+            f"--process_count={NUM_PROCESSES.value}",
+            f"--process_index={index}",
+            f"--local_device_ids={local}",
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that Ctrl-C reaches this process only, which stops them
+    )
+
+
+def wait(children: Sequence[Child]) -> str | None:
+    """Shows what the processes print until all have ended, or one has failed: returns how."""
+    ended: queue.Queue[int] = queue.Queue()
+    for index, child in enumerate(children):
+        threading.Thread(target=_show, args=(child, index, ended), daemon=True).start()
+    for _ in children:
+        index = ended.get()
+        code = children[index].returncode
+        if code < 0:
+            return f"process {index} was ended by {signal.Signals(-code).name}"
+        if code > 0:
+            return f"process {index} failed with exit status {code}; its output says why"
+    return None
+
+
+def stop(children: Sequence[Child]) -> None:
+    """Ends the processes that still run."""
+    for child in children:
+        child.terminate()
+    for child in children:
+        try:
+            child.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _show(child: Child, index: int, ended: queue.Queue[int]) -> None:
+    assert child.stdout is not None
+    for line in child.stdout:
+        # One write a line: the lines of two processes must not mix.
+        sys.stdout.write(f"[{index}] {line.rstrip()}\n")
+        sys.stdout.flush()
+    child.wait()
+    ended.put(index)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    app.run(main)
