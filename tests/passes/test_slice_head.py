@@ -17,6 +17,7 @@ from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
 from passes.layers import find_layers
 from passes.slice_head import slice_head
+from passes.stages import Role
 from passes.work import count_work
 from tests.passes.on_host import layers_of, program_of, run_gradient
 from tests.passes.small_models import MODELS, TINY, array
@@ -165,11 +166,7 @@ def saved_bytes(program):
     """Return the bytes that each layer, as a stage, saves beside what crosses anyway."""
     graph = find_layers(program)
     gradients = differentiate(cut_stages(graph, range(len(graph.layers) + 1)))
-    ends = [len(g.forward.outvars) - g.num_saved for g in gradients]
-    return [
-        jaxprs.nbytes(v.aval for v in g.forward.outvars[end:])
-        for g, end in zip(gradients, ends, strict=True)
-    ]
+    return [jaxprs.nbytes(gradient.forward.avals_of(Role.SAVED)) for gradient in gradients]
 
 
 @pytest.mark.parametrize("name", LOSSES)
