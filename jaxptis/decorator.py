@@ -51,8 +51,9 @@ def pipeline(
         the instance has. None returns a decorator with the other arguments bound.
       num_microbatches: parts that each batch is cut into.
       devices: the pipeline's devices, in order; by default all that JAX sees.
-      strategy: "gpipe", "1f1b", a `jaxptis.Plan`, or the path of a plan file. A named one balances
-        the layers over one stage a device.
+      strategy: the name of a schedule, perhaps with options, such as "1f1b", "zb-v" or
+        "interleaved(v=3)", which balances the layers over its stages; a `jaxptis.Plan`; or the path
+        of a plan file, or of a schedule as a CSV file.
       batch_axes: the batch axis of each leaf of the batch: an int, None (such a leaf, say a
         dropout key, is given whole to every microbatch), or a tree prefix of these.
       has_aux: whether the loss function also returns an auxiliary output. Of a leaf that grows
