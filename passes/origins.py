@@ -1,6 +1,8 @@
 """What the values of a program are computed from, and so which of them are worth sending."""
 
 import enum
+import functools
+import operator
 from collections.abc import Iterable
 
 from jax.extend.core import primitives
@@ -65,12 +67,19 @@ def origins_inside(eqn: JaxprEqn, body: Jaxpr, origins: dict[Var, Origin]) -> di
 def add_origins(eqns: Iterable[JaxprEqn], origins: dict[Var, Origin]) -> None:
     """Add the origins of what the equations make to those of what they read."""
     for eqn in eqns:
-        origin = Origin.NOTHING
-        for v in jaxprs.reads(eqn):
-            origin |= origins[v]
-        if BOTH in origin and eqn.primitive.name not in _LIGHT:
-            origin |= Origin.ACTIVATION
+        body = called_body(eqn)
+        if body is None:
+            origin = _union(jaxprs.reads(eqn), origins)
+            if BOTH in origin and eqn.primitive.name not in _LIGHT:
+                origin |= Origin.ACTIVATION
+        else:
+            results = (v for v in body.outvars if isinstance(v, Var))
+            origin = _union(results, origins_inside(eqn, body, origins))
         origins.update(dict.fromkeys(eqn.outvars, origin))
+
+
+def _union(values: Iterable[Var], origins: dict[Var, Origin]) -> Origin:
+    return functools.reduce(operator.or_, (origins[v] for v in values), Origin.NOTHING)
 
 
 def called_body(eqn: JaxprEqn) -> Jaxpr | None:

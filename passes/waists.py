@@ -134,23 +134,19 @@ class Dataflow:
         total = sum(held.values())
         # One stream beside what passes by is a common sight; several must stand out more.
         needed = total / 4 if len(held) - len(passing) <= 1 else total
-        start = 0 if last is None else last + 1
-        before = self._held[start:here][::-1]
-        after = self._held[here + 1 :]
-        return all(_widens(held, passing, side, needed) for side in (before, after))
+        wide = _bytes_without(held, passing) + needed
+        start = -1 if last is None else last
+        sides = range(here - 1, start, -1), range(here + 1, len(self._held))
+        return all(self._widens(side, passing, total, wide) for side in sides)
 
-
-def _widens(
-    here: dict[int, int], passing: set[int], side: Sequence[dict[int, int]], needed: float
-) -> bool:
-    """Whether, walking along `side`, what does not pass by grows before all is less than here."""
-    new = _bytes_without(here, passing)
-    for there in side:
-        if sum(there.values()) < sum(here.values()):
-            return False
-        if _bytes_without(there, passing) >= new + needed:
-            return True
-    return False
+    def _widens(self, side: range, passing: set[int], total: int, wide: float) -> bool:
+        """Whether, going along `side`, what does not pass by is `wide` before all is < `total`."""
+        for step in side:
+            if sum(self._held[step].values()) < total:
+                return False
+            if _bytes_without(self._held[step], passing) >= wide:
+                return True
+        return False
 
 
 def _bytes_without(held: dict[int, int], passing: set[int]) -> int:

@@ -31,11 +31,11 @@ def params():
 
 
 def masked_loss(p, batch):
-    """The bias is a parameter's plus a mask of the batch: light, so no activation."""
+    """The bias is a parameter's or, by a mask of the batch, none: light, so no activation."""
 
     def masked(p, x, bias):
         x, bias = block(p, x, bias)
-        return x, bias + jnp.where(jnp.arange(LENGTH) < batch["length"][:, None, None], 0, -1e9)
+        return x, jnp.where(jnp.arange(LENGTH) < batch["length"][:, None, None], bias, -1e9)
 
     x, bias = jax.checkpoint(masked, static_argnums=2)(p["block0"], batch["x"] @ p["in"], None)
     for i in (1, 2):
