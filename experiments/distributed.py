@@ -45,6 +45,8 @@ def join(num_devices: int) -> list[jax.Device]:
         jax.config.update("jax_num_cpu_devices", len(local))
     elif COORDINATOR_ADDRESS.value is None and not DISTRIBUTED.value:
         jax.config.update("jax_num_cpu_devices", num_devices)
+    # With the service a process takes note of SIGTERM, by which it is stopped, and goes on.
+    jax.config.update("jax_enable_preemption_service", False)
     if COORDINATOR_ADDRESS.value is not None:
         jax.distributed.initialize(
             COORDINATOR_ADDRESS.value,

@@ -12,12 +12,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 
 from absl import app, flags
 
-STOP_S = 5.0  # how long a process may take to stop before it is killed
+STOP_S = 5.0  # how long the processes may take to stop before they are killed
 
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 2, "Processes to run.", lower_bound=1)
 DEVICES_PER_PROCESS = flags.DEFINE_integer(
@@ -97,9 +98,10 @@ def stop(children: Sequence[Child]) -> None:
     """Ends the processes that still run."""
     for child in children:
         child.terminate()
+    end_s = time.monotonic() + STOP_S
     for child in children:
         try:
-            child.wait(STOP_S)
+            child.wait(max(0.0, end_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

@@ -50,7 +50,9 @@ def pipeline(
         parameters are drawn on their own devices; on an nnx instance it trains the parameters that
         the instance has. None returns a decorator with the other arguments bound.
       num_microbatches: parts that each batch is cut into.
-      devices: the pipeline's devices, in order; by default all that JAX sees.
+      devices: the pipeline's devices, in order; by default all that JAX sees. Under
+        `jax.distributed` each process must have some of them, and makes the same calls with equal
+        arguments: whole batches, of which it puts what its own devices read.
       strategy: the name of a schedule, perhaps with options, such as "1f1b", "zb-v" or
         "interleaved(v=3)", which balances the layers over its stages; a `jaxptis.Plan`; or the path
         of a plan file, or of a schedule as a CSV file.

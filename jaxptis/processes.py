@@ -108,7 +108,7 @@ class _Run:
 
     def _live(self) -> None:
         """Give signs of life; in process 0, judge those of all."""
-        judge = _Judge(self._count) if self._me == 0 else None
+        judge = Judge(self._count) if self._me == 0 else None
         for beat in itertools.count():
             if self._leaving.wait(BEAT_S):
                 return
@@ -166,7 +166,7 @@ class _Run:
         return {int(key.rsplit("/", 1)[1]): value for key, value in pairs}
 
 
-class _Judge:
+class Judge:
     """Finds out, in process 0, who has failed."""
 
     def __init__(self, count: int) -> None:

@@ -152,7 +152,7 @@ class TrainStep:
 
     @property
     def num_tasks(self) -> int:
-        """Tasks in a step, of the shapes stepped last."""
+        """Tasks of this process in a step, of the shapes stepped last."""
         return self._stepped().num_tasks
 
     @property

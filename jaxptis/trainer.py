@@ -102,7 +102,7 @@ class Trainer:
 
     @property
     def num_tasks(self) -> int:
-        """Tasks in a step."""
+        """Tasks of this process in a step."""
         return self._step.num_tasks
 
     @property

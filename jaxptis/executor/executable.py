@@ -1,6 +1,7 @@
 """A step that is ready to run: compiled programs, and slots for the buffers they pass on."""
 
 import collections
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -80,8 +81,8 @@ class Executable:
         self.exchanges = compiler.exchanges([routes[i] for i in mine if i in routes])
         compiler.processes.wait_for_all()
         slots: dict[Buffer, int] = collections.defaultdict(lambda: len(slots))
-        nowhere = slots[-1, "a copy on a device of another process"]
-        self._inputs = [slots[b] if b[0] in local else nowhere for b in inputs]
+        self._inputs = [slots[buffer] for buffer in inputs if buffer[0] in local]
+        self._input_is_local = [device in local for device, _ in inputs]
         self._ops = [
             _bind(
                 steps[i],
@@ -102,7 +103,9 @@ class Executable:
             if buffer[0] not in local:
                 self._blank[slots[buffer]] = compiler.elsewhere(buffer[0], types[buffer])
         self.num_tasks = sum(
-            isinstance(each, Run) and each.task is not None for row in rows.rows for each in row
+            isinstance(each, Run) and each.task is not None
+            for device in local
+            for each in rows.rows[device]
         )
         self.host_s = 0.0
         self.num_calls = 0
@@ -111,7 +114,7 @@ class Executable:
         """Run the step; returns as soon as everything is issued."""
         start_s = time.perf_counter()
         slots = self._blank.copy()
-        for slot, value in zip(self._inputs, inputs, strict=True):
+        for slot, value in self._local(inputs):
             slots[slot] = value
         for op in self._ops:
             results = op.call(*[slots[slot] for slot in op.reads])
@@ -126,22 +129,28 @@ class Executable:
     def measure_peak_bytes(self, inputs: Sequence[Any]) -> tuple[int, ...]:
         """Run the step, and return for each device the most bytes that arrays took at once.
 
+        Those of other processes measure their own, and are 0 here.
+
         Counts the arrays that the step holds, whatever their number, before each instruction's
         frees; those whose memory a result has taken count no more.
         """
         held: dict[int, Any] = dict(enumerate(self._blank))
-        held.update(zip(self._inputs, inputs, strict=True))
+        held.update(self._local(inputs))
         peak = [0] * len(self.rows.rows)
         for op in self._ops:
             results = op.call(*[held[slot] for slot in op.reads])
             held.update(zip(op.writes, results, strict=True))
             live = [0] * len(peak)
             for slot, value in held.items():
-                if value is not None and not value.is_deleted():
+                if value is not None and value.is_fully_addressable and not value.is_deleted():
                     live[self._devices[slot]] += value.nbytes
             peak = list(map(max, peak, live))
             held.update(dict.fromkeys(op.frees))
         return tuple(peak)
+
+    def _local(self, inputs: Sequence[Any]) -> Iterable[tuple[int, Any]]:
+        """Yield the inputs on devices of this process, each with its slot."""
+        return zip(self._inputs, itertools.compress(inputs, self._input_is_local), strict=True)
 
 
 def _per_device(rows: Rows, buffers: Iterable[Buffer]) -> list[set[str]]:

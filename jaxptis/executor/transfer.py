@@ -55,6 +55,9 @@ class Exchange:
         # shards equal, which they are not; nobody looks at the array as a whole.
         sharding = NamedSharding(mesh, PartitionSpec())
         self._sharding = sharding
+        # The CPU backend runs what is ready in any order, but between processes only the order says
+        # which message is which: there one transfer is over before the next may start.
+        self._in_turn = devices[0].platform == "cpu" and jax.process_count() > 1
         local = [end for end in (0, 1) if is_local(devices[route.devices[end]])]
         count = len(route.sends[0]) if 0 not in local else 0  # sent elsewhere, by the first device
         self._inputs = [
@@ -113,7 +116,11 @@ class Exchange:
             )
             for aval, ends in self._inputs
         ]
+        if self._in_turn:
+            jax.block_until_ready(arrays)
         arrived = self.compiled(*arrays)
+        if self._in_turn:
+            jax.block_until_ready(arrived)
         return [arrived[lane].addressable_shards[index].data for _, lane, index in self._outputs]
 
 

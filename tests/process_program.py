@@ -1,0 +1,84 @@
+"""A training run of four devices, which `tests/test_processes.py` starts in several processes.
+
+python -m experiments.launch --num_processes=4 -- tests.process_program --results_to=FOLDER
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+
+import jaxptis
+from experiments import distributed
+from jaxptis import processes
+from tests.small_models import OUT, WIDTH, block, make_batch, make_params, normal
+
+NUM_DEVICES, NUM_STEPS = 4, 3
+FAILING = 1  # the process that fails, where one does
+
+RESULTS_TO = flags.DEFINE_string("results_to", None, "Folder for what each process has read.")
+FAILURE = flags.DEFINE_enum("failure", None, ["killed", "raises", "differs"], "What goes wrong.")
+
+
+def loss_fn(params, batch):
+    """The first and the last layer read one embedding; auxiliary is a value for each sample."""
+    x = batch["y"] @ params["embedding"]
+    for p in params["blocks"]:
+        x = block(p, x)
+    errors = (x @ params["embedding"].T - batch["y"]) ** 2
+    return jnp.mean(errors), {"worst": jnp.max(errors, axis=1)}
+
+
+def run(devices, failure=None):
+    """Train, evaluate and differentiate; return what this process can read, as text by name."""
+    pipelined = jaxptis.pipeline(
+        loss_fn, num_microbatches=2 if failure == "differs" else 4, devices=devices, has_aux=True
+    )
+    params = {"embedding": normal(7, OUT, WIDTH), "blocks": make_params(4)["blocks"]}
+    step = pipelined.train_step(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)))
+    state = step.init(params, make_batch())
+    read = {}
+    for i in range(NUM_STEPS):
+        if failure == "killed" and i == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if failure == "raises" and i == 1:
+            raise ValueError("the batch is spoilt")
+        state, metrics = step(state, make_batch(seed=i))
+        read |= readable(metrics, f"step {i}")
+    read |= readable(state, "state")
+    read |= readable(step.evaluate(state, make_batch(seed=50)), "evaluation")
+    read |= readable(pipelined.value_and_grad(state.params, make_batch(seed=50)), "gradient")
+    read |= readable(pipelined.value_and_grad(params, make_batch(seed=51)), "of host arrays")
+    read["plan"] = str(pipelined.plan)
+    for i, stage in enumerate(pipelined.stages):  # those of other processes, too
+        read[f"stage {i}"] = stage.backward.as_text("stablehlo")
+        read[f"flops of stage {i}"] = str(stage.backward.cost_analysis()["flops"])
+    return read
+
+
+def readable(tree, name):
+    """Return a digest of each leaf that this process has a copy of."""
+    return {
+        f"{name}{jax.tree_util.keystr(path)}": hashlib.sha256(np.asarray(leaf)).hexdigest()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if not isinstance(leaf, jax.Array) or leaf.addressable_shards
+    }
+
+
+def main(argv):
+    devices = distributed.join(NUM_DEVICES)
+    processes.LOST_S = 5.0
+    index = jax.process_index()
+    read = run(devices, FAILURE.value if index == FAILING else None)
+    pathlib.Path(RESULTS_TO.value, f"{index}.json").write_text(json.dumps(read))
+
+
+if __name__ == "__main__":
+    app.run(main)
