@@ -17,11 +17,11 @@ from passes.work import count_work
 from tests import foreign_models
 from tests.passes.on_host import layers_of, types
 
-# Each count compiles: of models that differ in how they draw dropout, one is enough.
+# Of two models that differ in how they draw their dropout one is enough.
 FOREIGN = [name for name in foreign_models.MODELS if not name.endswith("_dropout_key")]
 
 pytestmark = [
-    pytest.mark.usefixtures("lenient"),
+    pytest.mark.usefixtures("compiled_quickly", "lenient"),
     # What tunix 0.1.7 still uses of jax and flax.
     pytest.mark.filterwarnings("ignore:jax.experimental.shard_map is deprecated"),
     pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources is deprecated"),
