@@ -24,3 +24,14 @@ def lenient():
     """Standard promotion, for code that nobody here wrote: optax, transformers, tunix."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Leave out most of LLVM's optimizations; XLA's own, and its counts, are the same."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    try:
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

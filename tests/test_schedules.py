@@ -39,17 +39,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def compiled_quickly():
-    """Most of the time is XLA's, and what it optimizes is not what is tested here."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    try:
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Maps parameters and tokens (B, T) to logits (B, T, V); and the package's own parameters."""
@@ -90,7 +79,8 @@ class Model:
             cluster=Cluster.of(devices),
             dump_to=None,
         )
-        return analyse(self.loss, *jax.tree.map(aval_of, self.draw(0)), options)
+        params, batch = jax.tree.map(aval_of, self.draw(0))
+        return analyse(self.loss, params, batch, options)
 
     @functools.cached_property
     def compiler(self):
