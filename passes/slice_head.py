@@ -12,7 +12,7 @@ depends on z, but not on the m that was chosen.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -113,14 +113,29 @@ def _find_head(program: Program) -> _Head:
 
 
 def _candidates(program: Program) -> Iterator[tuple[JaxprEqn, int]]:
-    """Yield the matmuls by a parameter, the last first, with each axis that the parameter gives."""
+    """Yield the matmuls by a parameter, the last first, with each axis that the parameter gives.
+
+    One whose result reaches another is no head: that makes the search short.
+    """
     origins = find_origins(program)
+    read_later: set[Var] = set()  # by one of the matmuls, or by what computes its operands
     for eqn in reversed(program.jaxpr.eqns):
-        if eqn.primitive.name != "dot_general" or Origin.ACTIVATION not in origins[eqn.outvars[0]]:
-            continue
-        (aval,) = jaxprs.avals(eqn.outvars)
-        for axis, size in enumerate(aval.shape):
-            axes = operand_axes(eqn, axis) or []
-            sources = [v for v, a in zip(jaxprs.reads(eqn), axes, strict=True) if a is not None]
-            if size > 1 and [origins[v] for v in sources] == [Origin.PARAMS]:
-                yield eqn, axis
+        axes = _param_axes(eqn, origins)
+        reaches = not read_later.isdisjoint(eqn.outvars)
+        if axes or reaches:
+            read_later.update(jaxprs.reads(eqn))
+        if not reaches:
+            yield from ((eqn, axis) for axis in axes)
+
+
+def _param_axes(eqn: JaxprEqn, origins: Mapping[Var, Origin]) -> list[int]:
+    """Return the axes of a matmul's result that come from a parameter; none of other equations."""
+    if eqn.primitive.name != "dot_general" or origins[eqn.outvars[0]] != Origin.ACTIVATION:
+        return []
+    (aval,) = jaxprs.avals(eqn.outvars)
+    found = []
+    for axis, size in enumerate(aval.shape):
+        sides = zip(jaxprs.reads(eqn), operand_axes(eqn, axis) or [], strict=True)
+        if size > 1 and [origins[v] for v, a in sides if a is not None] == [Origin.PARAMS]:
+            found.append(axis)
+    return found
