@@ -24,7 +24,7 @@ from jaxptis.schedules import (
     placement,
     schedule,
 )
-from passes import PROGRAM_PASSES
+from passes import PROGRAM_PASSES, STAGE_PASSES
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
 from passes.layers import LayerGraph, find_layers
@@ -166,6 +166,7 @@ def build(analysis: Analysis, plan: Plan) -> Pipeline:
     dump.step("timeline", timeline.text())
     stages = cut_stages(analysis.graph, plan.boundaries)
     dump.step("stages", stages.text())
+    stages = run(stages, STAGE_PASSES, dump)
     gradients = differentiate(stages, recomputed=plan.recomputed)
     return Pipeline(
         analysis=analysis,

@@ -1,6 +1,7 @@
 """Everything that touches a jaxpr. Nothing here knows of plans or devices' schedules."""
 
 from passes.drop_dead import drop_dead
+from passes.fold_tables import fold_tables
 from passes.hoist import hoist
 from passes.inline_calls import inline_calls
 from passes.peel_scans import peel_scans
@@ -15,3 +16,5 @@ PROGRAM_PASSES = (
     slice_head,  # after it: it follows all that reads the logits, and nothing dead
     split_params,  # last: every equation that reads a parameter counts
 )
+
+STAGE_PASSES = (fold_tables,)

@@ -18,7 +18,7 @@ from passes import jaxprs
 from passes.jaxprs import JaxprEqn, Var
 
 # Cheaper to compute again than to keep: they move bytes, or do one operation a byte moved.
-_CHEAP = frozenset(
+CHEAP = frozenset(
     """
     add add_any sub mul div neg max min abs sign floor ceil round clamp square integer_pow
     one_minus_square select_n eq ne lt le gt ge and or not xor is_finite shift_left
@@ -51,7 +51,7 @@ def choose_saved(
     node: dict[Var, int] = {v: 2 + 2 * i for i, v in enumerate(costs)}
     edges += [(_SOURCE, node[v], _UNCUTTABLE) for v in costs]
     for eqn in known:
-        cheap = eqn.primitive.name in _CHEAP
+        cheap = eqn.primitive.name in CHEAP
         for v in eqn.outvars:
             node[v] = 2 + 2 * len(node)
             costs[v] = jaxprs.nbytes([v.aval])

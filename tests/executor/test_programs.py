@@ -16,6 +16,7 @@ from jaxptis.executor import steps
 from jaxptis.executor.instructions import Run
 from jaxptis.plan import Plan, StagePlan
 from jaxptis.schedules import schedule
+from passes.boxes import whole
 from tests import small_models
 from tests.small_models import matrix, normal
 
@@ -71,7 +72,7 @@ def executables(name="adamw"):
     """Return the training step, the gradient and the evaluation."""
     compiled = bind()
     training = compiled.train_step(OPTIMIZERS[name]).executable
-    return training, compiled.gradient_step, compiled.evaluation
+    return training, compiled.gradient_step.executable, compiled.evaluation
 
 
 def instructions_of(hlo):
@@ -154,6 +155,8 @@ def test_only_transfers_move_data(optimizer):
         lambda key: [jax.random.normal(key, (2,))] * len(homes),
         [jax.ShapeDtypeStruct((), jax.random.key(0).dtype)],
         homes,
+        given=[(whole(()),)],
+        wanted=[(whole((2,)),)] * len(homes),
     )
     kinds = collections.Counter()
     for executable in *executables(optimizer), init:
@@ -262,7 +265,7 @@ def test_equal_programs_of_one_device_are_compiled_once():
     )
     params = [matrix(i, 6, 6) for i in range(6)]
     batch = {"x": normal(1, 4, 6), "y": normal(2, 4, 6)}
-    gradient = pipelined.bind(None, params, batch).compiled.gradient_step
+    gradient = pipelined.bind(None, params, batch).compiled.gradient_step.executable
     for kind in "forward", "backward":
         programs = [gradient.programs[f"stage{s}.{kind}"].compiled for s in range(6)]
         assert programs[1] is programs[3] and programs[2] is programs[4]
@@ -304,7 +307,7 @@ KEPT = {
 
 @pytest.mark.parametrize("strategy", KEPT)
 def test_activations_live_as_long_as_the_schedule_needs_them(strategy):
-    gradient, evaluation = bind(strategy).gradient_step, bind(strategy).evaluation
+    gradient, evaluation = bind(strategy).gradient_step.executable, bind(strategy).evaluation
     activations = r"(?:x\d+|stage\d+\.saved\d+)\.(\d+)"
     for device in range(4):
         kept = kept_microbatches(gradient, device, activations)
@@ -323,9 +326,10 @@ def test_what_a_forward_saves_lives_until_its_backward():
         small_models.loss_fn, num_microbatches=6, devices=jax.devices()[:3]
     )
     call = pipelined.bind(None, small_models.make_params(2), small_models.make_batch(12))
+    gradient = call.compiled.gradient_step.executable
     for device in range(3):
         saved = rf"stage{device}\.saved\d+\.(\d+)"
-        assert kept_microbatches(call.compiled.gradient_step, device, saved) == 3 - device
+        assert kept_microbatches(gradient, device, saved) == 3 - device
 
 
 def donated(program):

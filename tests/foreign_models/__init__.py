@@ -22,6 +22,7 @@ MODELS = {
         tunix_models.llama3_remat,
         tunix_models.gemma2,
         tunix_models.gemma3,
+        tunix_models.gemma4,
         flax_examples.lm1b,
     )
 }

@@ -29,7 +29,7 @@ class ForeignModel:
       layers: what its layers are called: what is before the blocks, the one or two of each block
         (three in a decoder that attends to an encoder), the head.
       tied: path of the embedding, if it is also the head.
-      encoder_output: the layer that makes it, and the later ones that read it.
+      passing: what passes by other layers: the one that makes it, those that read it, its shape.
       without_gradient: ends of the paths of parameters on which the loss does not depend.
       dropout: the batch's dropout keys, as leaves beside its tokens.
       batch_axes: as `jaxptis.pipeline` takes it.
@@ -41,7 +41,7 @@ class ForeignModel:
     params: Any
     layers: tuple[str, ...]
     tied: str | None = None
-    encoder_output: tuple[int, tuple[int, ...]] | None = None
+    passing: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
     without_gradient: tuple[str, ...] = ()
     dropout: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     batch_axes: Any = 0

@@ -152,7 +152,7 @@ def t5():
         gradient_checkpointing=False,
         # The decoder's embedding is in its first attention.
         layers=(*names[:5], "decoder/block/0/layer/0/SelfAttention/k..shared", *names[6:]),
-        encoder_output=(5, (6, 9)),
+        passing=((5, (6, 9), (B, T, D)),),
     )
 
 
@@ -162,7 +162,7 @@ def t5_remat():
     return _t5(
         gradient_checkpointing=True,
         layers=(*names[:3], "decoder/block/0/layer/0/SelfAttention/k..shared", *names[4:]),
-        encoder_output=(3, (4,)),
+        passing=((3, (4,), (B, T, D)),),
     )
 
 
@@ -190,7 +190,7 @@ def bart():
     return _encoder_decoder(
         transformers.FlaxBartForConditionalGeneration(config, **_AS_FUNCTION),
         layers=(*names[:5], "model#2", *names[6:]),  # which embeds, too
-        encoder_output=(5, (6, 9)),
+        passing=((5, (6, 9), (B, T, D)),),
         tied="model/shared",
         without_gradient=("k_proj/bias", "final_logits_bias"),
     )

@@ -9,6 +9,7 @@ from tests.foreign_models.foreign_model import (
     NUM_BLOCKS,
     NUM_HEADS,
     NUM_KV_HEADS,
+    B,
     D,
     ForeignModel,
     T,
@@ -94,6 +95,31 @@ def gemma3():
         lambda: module.Gemma3(config, rngs=nnx.Rngs(0)),
         layers=layers(_EMBEDDING, _ATTENTION_AND_MLP, f"{_EMBEDDING}#2"),
         tied=_EMBEDDING,
+    )
+
+
+def gemma4():
+    """Its later layers read the keys and values of the last of the earlier ones."""
+    module = package("tunix.models.gemma4.model")
+    config = module.ModelConfig(
+        num_embed=V,
+        global_key_size=HEAD_WIDTH,
+        attention_pattern=(module.AttentionType.GLOBAL,),
+        frac_shared_layers=0.5,
+        **{**_SIZES, "num_layers": 4},
+    )
+    blocks = (
+        *("layers/0/attn", "layers/0/mlp"),
+        "layers/1",  # where the keys begin to pass by, nothing says yet that they will
+        *("layers/2/attn", "layers/2/mlp"),
+        *("layers/3/attn", "layers/3/mlp"),
+    )
+    keys_or_values = (3, (4, 6), (B, T, NUM_KV_HEADS, HEAD_WIDTH))
+    return _model(
+        lambda: module.Gemma4(config, rngs=nnx.Rngs(0)),
+        layers=(_EMBEDDING, *blocks, f"{_EMBEDDING}#2"),
+        tied=_EMBEDDING,
+        passing=(keys_or_values, keys_or_values),
     )
 
 

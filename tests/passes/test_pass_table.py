@@ -8,7 +8,7 @@ import re
 import pytest
 
 import passes
-from passes import PROGRAM_PASSES
+from passes import PROGRAM_PASSES, STAGE_PASSES
 
 FOLDER = pathlib.Path(passes.__file__).parent
 ARROWS = {
@@ -44,7 +44,8 @@ def test_a_row_names_a_function_with_a_docstring(name, file, link):
 def test_the_table_is_complete():
     names = [name for name, *_ in rows()]
     assert len(names) == len(set(names))
-    assert set(names) == {a_pass.__name__ for a_pass in PROGRAM_PASSES} | ARROWS
+    listed = {a_pass.__name__ for a_pass in (*PROGRAM_PASSES, *STAGE_PASSES)}
+    assert set(names) == listed | ARROWS
 
 
 def test_passes_over_programs_are_in_their_order():
@@ -53,6 +54,14 @@ def test_passes_over_programs_are_in_their_order():
     assert positions == sorted(positions)
     assert names.index("trace") < positions[0]
     assert names.index("find_layers") > positions[-1]
+
+
+def test_passes_over_stages_are_in_their_order():
+    names = [name for name, *_ in rows()]
+    positions = [names.index(a_pass.__name__) for a_pass in STAGE_PASSES]
+    assert positions == sorted(positions)
+    assert names.index("cut_stages") < positions[0]
+    assert names.index("differentiate") > positions[-1]
 
 
 def test_every_file_is_in_the_readme():
