@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import signal
+from random import Random
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,21 @@ from absl import app, flags
 import jaxptis
 from experiments import distributed
 from jaxptis import processes
+from tests.random_plans import random_plan
 from tests.small_models import OUT, WIDTH, block, make_batch, make_params, normal
 
-NUM_DEVICES, NUM_STEPS = 4, 3
+NUM_DEVICES, NUM_STEPS, NUM_MICROBATCHES = 4, 3, 4
+LAYERS = ("embedding", *(f"blocks/{i}" for i in range(6)), "embedding#2")
+STRATEGIES = {
+    "1f1b": "1f1b",
+    "zb-v": "zb-v",
+    # Seven stages on four devices; one is recomputed, some backwards are split.
+    "random": random_plan(Random(0), layers=LAYERS, num_microbatches=NUM_MICROBATCHES),
+}
 FAILING = 1  # the process that fails, where one does
 
 RESULTS_TO = flags.DEFINE_string("results_to", None, "Folder for what each process has read.")
+STRATEGY = flags.DEFINE_enum("strategy", "1f1b", list(STRATEGIES), "How to train.")
 FAILURE = flags.DEFINE_enum("failure", None, ["killed", "raises", "differs"], "What goes wrong.")
 
 
@@ -36,12 +46,16 @@ def loss_fn(params, batch):
     return jnp.mean(errors), {"worst": jnp.max(errors, axis=1)}
 
 
-def run(devices, failure=None):
+def run(devices, strategy, failure=None):
     """Train, evaluate and differentiate; return what this process can read, as text by name."""
     pipelined = jaxptis.pipeline(
-        loss_fn, num_microbatches=2 if failure == "differs" else 4, devices=devices, has_aux=True
+        loss_fn,
+        num_microbatches=2 if failure == "differs" else NUM_MICROBATCHES,
+        devices=devices,
+        strategy=STRATEGIES[strategy],
+        has_aux=True,
     )
-    params = {"embedding": normal(7, OUT, WIDTH), "blocks": make_params(4)["blocks"]}
+    params = {"embedding": normal(7, OUT, WIDTH), "blocks": make_params(6)["blocks"]}
     step = pipelined.train_step(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)))
     state = step.init(params, make_batch())
     read = {}
@@ -53,13 +67,14 @@ def run(devices, failure=None):
         state, metrics = step(state, make_batch(seed=i))
         read |= readable(metrics, f"step {i}")
     read |= readable(state, "state")
+    read["plan"] = str(pipelined.plan)
     read |= readable(step.evaluate(state, make_batch(seed=50)), "evaluation")
     read |= readable(pipelined.value_and_grad(state.params, make_batch(seed=50)), "gradient")
     read |= readable(pipelined.value_and_grad(params, make_batch(seed=51)), "of host arrays")
-    read["plan"] = str(pipelined.plan)
     for i, stage in enumerate(pipelined.stages):  # those of other processes, too
-        read[f"stage {i}"] = stage.backward.as_text("stablehlo")
-        read[f"flops of stage {i}"] = str(stage.backward.cost_analysis()["flops"])
+        if stage.backward is not None:
+            read[f"stage {i}"] = stage.backward.as_text("stablehlo")
+            read[f"flops of stage {i}"] = str(stage.backward.cost_analysis()["flops"])
     return read
 
 
@@ -76,7 +91,7 @@ def main(argv):
     devices = distributed.join(NUM_DEVICES)
     processes.LOST_S = 5.0
     index = jax.process_index()
-    read = run(devices, FAILURE.value if index == FAILING else None)
+    read = run(devices, STRATEGY.value, FAILURE.value if index == FAILING else None)
     pathlib.Path(RESULTS_TO.value, f"{index}.json").write_text(json.dumps(read))
 
 

@@ -1,5 +1,6 @@
 """Pipelines over several processes: the results of one, and the end of all when one fails."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -13,25 +14,29 @@ from jaxptis import processes
 from tests.process_program import FAILING, NUM_DEVICES, NUM_STEPS, run
 
 
-@pytest.fixture(scope="module")
-def in_one_process():
+@functools.cache
+def in_one_process(strategy):
     with jax.numpy_dtype_promotion("standard"):
-        return run(jax.devices()[:NUM_DEVICES])
+        return run(jax.devices()[:NUM_DEVICES], strategy)
 
 
-@pytest.mark.parametrize("count", [4, 2])
-def test_results_are_those_of_one_process(count, in_one_process, tmp_path):
-    run = subprocess.run(
+@pytest.mark.parametrize(
+    ("count", "strategy", "embeddings"),
+    # The embedding is in the first and the last stage.
+    [(4, "1f1b", 2), (2, "1f1b", 2), (4, "zb-v", 1), (4, "random", 2)],
+)
+def test_results_are_those_of_one_process(count, strategy, embeddings, tmp_path):
+    launched = subprocess.run(
         [
             *(sys.executable, "-m", "experiments.launch", f"--num_processes={count}"),
             *(f"--devices_per_process={NUM_DEVICES // count}", "--"),
-            *("tests.process_program", f"--results_to={tmp_path}"),
+            *("tests.process_program", f"--results_to={tmp_path}", f"--strategy={strategy}"),
         ],
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert launched.returncode == 0, launched.stdout + launched.stderr
     read = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(count)]
     union = {}
     for each in read:
@@ -39,11 +44,10 @@ def test_results_are_those_of_one_process(count, in_one_process, tmp_path):
             *(f"step {i}['{what}']" for i in range(NUM_STEPS) for what in ("aux']['worst", "loss")),
             *("evaluation['aux']['worst']", "evaluation['loss']"),
         }
-        assert each.items() <= in_one_process.items()
+        assert each.items() <= in_one_process(strategy).items()
         union |= each
-    assert union == in_one_process
-    # The embedding is in the first and the last stage, a block in one.
-    for name, holders in ("['embedding']", 2), ("['blocks'][3]['up']", 1):
+    assert union == in_one_process(strategy)
+    for name, holders in ("['embedding']", embeddings), ("['blocks'][3]['up']", 1):
         assert sum(f"state.params{name}" in each for each in read) == holders
         assert sum(f"gradient[1]{name}" in each for each in read) == 1
 
