@@ -120,6 +120,15 @@ def gemma4():
         layers=(_EMBEDDING, *blocks, f"{_EMBEDDING}#2"),
         tied=_EMBEDDING,
         passing=(keys_or_values, keys_or_values),
+        # Keys and values of those that read others'; and a norm follows the last scale.
+        without_gradient=(
+            *(
+                f"layers/{i}/attn/{name}"
+                for i in (2, 3)
+                for name in ("_key_norm/scale", "kv_einsum/w")
+            ),
+            "layers/3/skip_scale",
+        ),
     )
 
 
