@@ -130,7 +130,7 @@ def _candidates(program: Program) -> Iterator[tuple[JaxprEqn, int]]:
 
 def _param_axes(eqn: JaxprEqn, origins: Mapping[Var, Origin]) -> list[int]:
     """Return the axes of a matmul's result that come from a parameter; none of other equations."""
-    if eqn.primitive.name != "dot_general" or origins[eqn.outvars[0]] != Origin.ACTIVATION:
+    if eqn.primitive.name != "dot_general" or Origin.ACTIVATION not in origins[eqn.outvars[0]]:
         return []
     (aval,) = jaxprs.avals(eqn.outvars)
     found = []
