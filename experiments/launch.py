@@ -35,7 +35,8 @@ def main(argv: list[str]) -> None:
     """Starts the processes and waits for them; exits with 1 if one fails."""
     if len(argv) < 2 or argv[1].startswith("-"):
         raise app.UsageError("name an experiment: [flags] -- experiments.train [its flags]")
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in signal.SIGINT, signal.SIGTERM:  # a shell's background jobs ignore the former
+        signal.signal(number, _interrupt)
     address = f"127.0.0.1:{free_port()}"
     children: list[Child] = []
     try:
