@@ -4,6 +4,7 @@ Without `jax.distributed` there is one process, and nothing here does anything.
 """
 
 import atexit
+import collections
 import functools
 import hashlib
 import itertools
@@ -20,7 +21,10 @@ from passes import jaxprs
 
 BEAT_S = 1.0  # between two signs of life
 LOST_S = 30.0  # without one; waiting for a transfer or a compilation does not hold them up
+REMEMBERED = 64  # calls, to be compared with those of the others
 PATIENCE_S = 3600.0  # at a barrier, with one that compiles for longer than others
+
+LEFT = "left"  # the last sign of life of a process that ends
 
 # How errors begin that the end of another process may have caused.
 _FELT = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "ABORTED", "CANCELLED")
@@ -56,6 +60,11 @@ class Processes:
             )
         self._run = _run()
 
+    def begin(self, what: str) -> None:
+        """Note what this process does next, which the others must do, too."""
+        if self._run is not None:
+            self._run.calls.append(what)
+
     def check_same(self, what: str, text: str) -> None:
         """Wait for the others, and check that they have the same text.
 
@@ -81,6 +90,7 @@ class _Run:
     def __init__(self) -> None:
         self._client: Any = jaxprs.process_service()
         self._me, self._count = jax.process_index(), jax.process_count()
+        self.calls = Calls()
         self._meetings = itertools.count()
         self._leaving = threading.Event()
         self._threads = [
@@ -110,12 +120,18 @@ class _Run:
         """Give signs of life; in process 0, judge those of all."""
         judge = Judge(self._count) if self._me == 0 else None
         for beat in itertools.count():
-            if self._leaving.wait(BEAT_S):
-                return
+            leaves = self._leaving.wait(BEAT_S)
             try:
-                self._set(f"jaxptis/beat/{self._me}", str(beat))
-                verdict = judge and judge.verdict(
-                    self._read("jaxptis/beat"),
+                self._set(f"jaxptis/calls/{self._me}", self.calls.text())
+                self._set(f"jaxptis/beat/{self._me}", LEFT if leaves else str(beat))
+                if judge is None:
+                    if leaves:
+                        return
+                    continue
+                beats = self._read("jaxptis/beat")
+                verdict = judge.verdict(
+                    beats,
+                    self._read("jaxptis/calls"),
                     self._read("jaxptis/failed"),
                     self._read("jaxptis/felt"),
                 )
@@ -123,7 +139,8 @@ class _Run:
                     self._set(f"jaxptis/stop/{p}", str(verdict))
             except jax.errors.JaxRuntimeError:
                 return  # the service is gone; `_listen` says so
-            if verdict:
+            # Process 0 stays, and judges, until all leave.
+            if verdict or (leaves and all(last == LEFT for last in beats.values())):
                 return
 
     def _listen(self) -> None:
@@ -155,8 +172,6 @@ class _Run:
             self._set(f"jaxptis/stop/{self._me}", "it leaves")
         for thread in self._threads:
             thread.join()
-        if not left:
-            self._set(f"jaxptis/beat/{self._me}", "left")
 
     def _set(self, key: str, value: str) -> None:
         self._client.key_value_set(key, value, allow_overwrite=True)
@@ -164,6 +179,28 @@ class _Run:
     def _read(self, folder: str) -> dict[int, str]:
         pairs = self._client.key_value_dir_get(folder)
         return {int(key.rsplit("/", 1)[1]): value for key, value in pairs}
+
+
+class Calls:
+    """The last calls of a process, with their numbers."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._last: collections.deque[tuple[int, str]] = collections.deque(maxlen=REMEMBERED)
+
+    def append(self, what: str) -> None:
+        """Note a call."""
+        self._last.append((next(self._numbers), what))
+
+    def text(self) -> str:
+        """Return a form that `read` reads."""
+        return "\n".join(f"{number} {what}" for number, what in self._last.copy())
+
+    @staticmethod
+    def read(text: str) -> dict[int, str]:
+        """Return the calls by number."""
+        pairs = (line.split(" ", 1) for line in text.splitlines())
+        return {int(number): what for number, what in pairs}
 
 
 class Judge:
@@ -175,18 +212,23 @@ class Judge:
         self._felt_s: float | None = None
 
     def verdict(
-        self, beats: Mapping[int, str], failed: Mapping[int, str], felt: Mapping[int, str]
+        self,
+        beats: Mapping[int, str],
+        calls: Mapping[int, str],
+        failed: Mapping[int, str],
+        felt: Mapping[int, str],
     ) -> str | None:
         """Return why all must stop, if they must.
 
         Args:
           beats: of each process the last sign of life.
+          calls: of each process the last calls, which all must make; `Calls.text`.
           failed: errors in the order in which they were raised.
           felt: likewise, those that another process may have caused.
         """
         now_s = time.monotonic()
         for p, last in beats.items():
-            if last == "left" or last != self._seen.get(p, ("", 0.0))[0]:
+            if last == LEFT or last != self._seen.get(p, ("", 0.0))[0]:
                 self._seen[p] = last, now_s
         lost = [p for p, (_, seen_s) in self._seen.items() if now_s - seen_s > LOST_S]
         if lost:
@@ -196,11 +238,35 @@ class Judge:
             )
         if failed:
             return failed[min(failed)]
+        parted = self._parted(beats, {p: Calls.read(text) for p, text in calls.items()})
+        if parted:
+            return parted
         # When one is killed, those that wait for it fail before its silence is noticed.
         if felt and self._felt_s is None:
             self._felt_s = now_s
         waited = self._felt_s is not None and now_s - self._felt_s > LOST_S + 2 * BEAT_S
         return felt[min(felt)] if waited or len(felt) == self._count else None
+
+    def _parted(self, beats: Mapping[int, str], calls: Mapping[int, dict[int, str]]) -> str | None:
+        """Return which processes wait for each other in different calls, if some do."""
+        first = calls.get(0, {})
+        for p, theirs in calls.items():
+            for number in sorted(first.keys() & theirs.keys()):
+                if first[number] != theirs[number]:
+                    return (
+                        f"process 0 has come to {first[number]}, process {p} to {theirs[number]}; "
+                        "make the same calls in every process"
+                    )
+        last = {p: max(theirs, default=-1) for p, theirs in calls.items()}
+        ahead = max(last, key=lambda p: last[p], default=0)
+        for p, number in last.items():
+            if beats.get(p) == LEFT and number < last[ahead]:
+                what = calls[ahead].get(number + 1, "more steps")
+                return (
+                    f"process {p} has ended, but process {ahead} has come to {what}; make the same "
+                    "calls in every process"
+                )
+        return None
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 from random import Random
 
 import jax
@@ -34,7 +35,9 @@ FAILING = 1  # the process that fails, where one does
 
 RESULTS_TO = flags.DEFINE_string("results_to", None, "Folder for what each process has read.")
 STRATEGY = flags.DEFINE_enum("strategy", "1f1b", list(STRATEGIES), "How to train.")
-FAILURE = flags.DEFINE_enum("failure", None, ["killed", "raises", "differs"], "What goes wrong.")
+FAILURE = flags.DEFINE_enum(
+    "failure", None, ["killed", "raises", "differs", "leaves", "evaluates"], "What goes wrong."
+)
 
 
 def loss_fn(params, batch):
@@ -64,6 +67,10 @@ def run(devices, strategy, failure=None):
             os.kill(os.getpid(), signal.SIGKILL)
         if failure == "raises" and i == 1:
             raise ValueError("the batch is spoilt")
+        if failure == "leaves" and i == 1:
+            sys.exit()
+        if failure == "evaluates" and i == 1:
+            step.evaluate(state, make_batch())
         state, metrics = step(state, make_batch(seed=i))
         read |= readable(metrics, f"step {i}")
     read |= readable(state, "state")

@@ -73,9 +73,13 @@ class Draft:
         return [(device, name) for name, homes in wanted.items() for device in homes]
 
     def executable(
-        self, compiler: Compiler, outputs: Sequence[Buffer], consumed: Sequence[Buffer] = ()
+        self,
+        compiler: Compiler,
+        what: str,
+        outputs: Sequence[Buffer],
+        consumed: Sequence[Buffer] = (),
     ) -> Executable:
-        """Compile the step."""
+        """Compile the step, which is called `what` in messages."""
         rows = enumerate(self.rows.rows)
         read = {(device, name) for device, row in rows for each in row for name in each.reads}
         constants = {
@@ -87,6 +91,7 @@ class Draft:
         }
         return Executable(
             compiler,
+            what=what,
             rows=self.rows,
             specs=self.specs,
             inputs=self.inputs,

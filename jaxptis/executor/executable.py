@@ -1,6 +1,7 @@
 """A step that is ready to run: compiled programs, and slots for the buffers they pass on."""
 
 import collections
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -40,6 +41,7 @@ class Executable:
         self,
         compiler: Compiler,
         *,
+        what: str,
         rows: Rows,
         specs: Mapping[str, ProgramSpec],
         inputs: Mapping[Buffer, Aval],
@@ -51,6 +53,7 @@ class Executable:
 
         Args:
           compiler: for the devices that the rows are written for.
+          what: the step is called, in messages.
           rows: the instruction lists.
           specs: the programs that they name.
           inputs: what the caller passes, in order.
@@ -58,6 +61,8 @@ class Executable:
           constants: inputs with a value that stays the same.
           consumed: inputs that the step may overwrite or free.
         """
+        self._begin = functools.partial(compiler.processes.begin, what)
+        compiler.processes.begin(f"compiling {what}")
         kept = {*inputs, *constants}.difference(consumed) | set(outputs)
         held = _per_device(rows, kept)
         self.rows = rows.free(held)
@@ -73,7 +78,7 @@ class Executable:
             donated=donated,
         )
         compiler.processes.check_same(
-            "instructions of a step", _text(compiler.devices, self.rows, types)
+            f"instructions of {what}", _text(compiler.devices, self.rows, types)
         )
         local = {device for device in range(len(rows.rows)) if compiler.is_local(device)}
         mine = [i for i, step in enumerate(steps) if not local.isdisjoint(dict(step.ends))]
@@ -112,6 +117,7 @@ class Executable:
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Run the step; returns as soon as everything is issued."""
+        self._begin()
         start_s = time.perf_counter()
         slots = self._blank.copy()
         for slot, value in self._local(inputs):

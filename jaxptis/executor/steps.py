@@ -141,7 +141,7 @@ def evaluation(pipeline: Pipeline, compiler: Compiler) -> Executable:
     _bind_constants(draft, plan, [stage.constants for stage in stages])
     programs = {(s, "F"): stage.program() for s, stage in enumerate(stages)}
     _add_tasks(draft, pipeline, plan, programs)
-    return draft.executable(compiler, _share_results(draft, pipeline, compiler))
+    return draft.executable(compiler, "an evaluation", _share_results(draft, pipeline, compiler))
 
 
 def gradient_step(pipeline: Pipeline, compiler: Compiler) -> tuple[Executable, tuple[Homes, ...]]:
@@ -172,7 +172,8 @@ def gradient_step(pipeline: Pipeline, compiler: Compiler) -> tuple[Executable, t
     grads = draft.split(split, "finish", _sum_names(params))
     owned = [(homes[0], buffer) for buffer, homes in grads]
     results = _share_results(draft, pipeline, compiler)
-    return draft.executable(compiler, [*results, *owned]), tuple(homes for _, homes in grads)
+    executable = draft.executable(compiler, "a gradient", [*results, *owned])
+    return executable, tuple(homes for _, homes in grads)
 
 
 def train_step(
@@ -237,7 +238,8 @@ def train_step(
     outputs = [(device, buffer) for buffer, homes in placed for device in homes]
     consumed = [*params.buffers(), *state.buffers()]
     results = _share_results(draft, pipeline, compiler)
-    return draft.executable(compiler, [*results, *outputs], consumed), state, pieces
+    executable = draft.executable(compiler, "a training step", [*results, *outputs], consumed)
+    return executable, state, pieces
 
 
 def _update(
@@ -326,7 +328,7 @@ def initializer(
     draft.inputs = needed.buffers()
     placed = draft.split(split, "init", names)
     outputs = [(device, buffer) for buffer, at in placed for device in at]
-    return draft.executable(compiler, outputs), needed.homes
+    return draft.executable(compiler, "making a state", outputs), needed.homes
 
 
 def _totals(sums: Sequence[Sequence[Any]], params: Copies) -> list[Any]:
