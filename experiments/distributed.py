@@ -33,6 +33,16 @@ def _one_way(values: dict[str, str | int | bool | None]) -> bool:
     return not any(given) or (all(given) and not distributed)
 
 
+@flags.multi_flags_validator(
+    ["local_device_ids", "coordinator_address", "distributed"],
+    "--local_device_ids is for processes of --coordinator_address or --distributed; give one",
+)
+def _has_processes(values: dict[str, str | list[str] | bool | None]) -> bool:
+    return values["local_device_ids"] is None or bool(
+        values["coordinator_address"] or values["distributed"]
+    )
+
+
 def join(num_devices: int) -> list[jax.Device]:
     """Joins the processes that the flags name, if any; returns the first devices of all of them.
 

@@ -96,7 +96,9 @@ def wait(children: Sequence[Child]) -> str | None:
 
 
 def stop(children: Sequence[Child]) -> None:
-    """Ends the processes that still run."""
+    """Ends the processes that still run, whatever else this one is told."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
     for child in children:
         child.terminate()
     end_s = time.monotonic() + STOP_S

@@ -76,6 +76,7 @@ class Compiled:
         self._compiler = compiler
         self._param_types = params
         self._training: dict[optax.GradientTransformation, Training] = {}
+        self.used: Training | None = None  # None: the gradient
 
     @functools.cached_property
     def evaluation(self) -> Executable:
@@ -105,14 +106,19 @@ class Compiled:
         return self._training[optimizer]
 
     def memory(self) -> tuple[DeviceMemory, ...]:
-        """Predict the memory of a step, with the optimizer's state once there is one."""
-        trained = [training.copies for training in self._training.values()]
-        return steps.predicted_memory(self.pipeline, *trained[:1])
+        """Return the memory of the step used last, from its instructions; all of them count."""
+        predicted = steps.predicted_memory(
+            self.pipeline, *([] if self.used is None else [self.used.copies])
+        )
+        peaks = (self.used or self.gradient_step).executable.peak_bytes
+        return tuple(
+            dataclasses.replace(device, peak_bytes=peak)
+            for device, peak in zip(predicted, peaks, strict=True)
+        )
 
     def stages(self) -> tuple[CompiledStage, ...]:
-        """Return the stages of a step that has a backward."""
-        trained = [training.executable for training in self._training.values()]
-        programs = (trained[0] if trained else self.gradient_step.executable).programs
+        """Return the stages of the step used last."""
+        programs = (self.used or self.gradient_step).executable.programs
         return tuple(
             CompiledStage(
                 layers=stage.layers,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import pairwise, zip_longest
 from os import PathLike
 from pathlib import Path
@@ -269,9 +270,11 @@ def _named_plan(strategy: str, layers: Sequence[str], costs: Costs, options: Opt
 def _csv_plan(path: str | PathLike[str], layers: Sequence[str], costs: Costs) -> Plan:
     """Place stages where the rows have them, and balance the layers over them."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"strategy {path!r} cannot be read; give the path of a file") from error
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a mark in front
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"strategy {path!r} cannot be read ({error}); give the path of a text file in UTF-8"
+        ) from error
     rows = schedule_from_csv(text, source=str(path))
     try:
         devices = placement_of(rows)
@@ -302,10 +305,13 @@ def _assemble(
 def _load_plan(strategy: str | PathLike[str]) -> Plan:
     try:
         return Plan.load(strategy)
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        close = get_close_matches(str(strategy).partition("(")[0], FAMILIES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
-            f"strategy {strategy!r} is neither a schedule ({', '.join(FAMILIES)}) nor the "
-            "path of a plan file; change it, or write the file with plan.save(path)"
+            f"strategy {strategy!r} is neither a schedule ({', '.join(FAMILIES)}) nor the path of "
+            f"a plan file that can be read ({error}); {hint}change it, or write the file with "
+            "plan.save(path)"
         ) from error
 
 

@@ -52,7 +52,7 @@ class Pipelined:
           or most of it; `train_step` feeds them to an optimizer there, in parts.
         """
         call = self._call(params, batch)
-        self.shown = call.compiled
+        self.shown, call.compiled.used = call.compiled, None
         step = call.compiled.gradient_step
         outs = step.executable([*call.params_buffers(), *call.batch_buffers()])
         value, grads = call.split(outs)
@@ -87,7 +87,7 @@ class Pipelined:
 
     @property
     def memory(self) -> tuple[DeviceMemory, ...]:
-        """The predicted memory of each device, in the step used last."""
+        """The memory of each device, in the step used last; known before it runs."""
         return self._used().memory()
 
     @property

@@ -7,11 +7,13 @@ import jax
 import optax
 from flax import nnx
 
-from jaxptis.call import Call, Compiled, make_on_devices
+from jaxptis.call import Call, Compiled, Training, make_on_devices
+from jaxptis.executor import steps
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.executable import Executable
 from jaxptis.flax_models import split_nnx
 from jaxptis.parts import Cuts, flatten
+from jaxptis.placement import Placement
 
 
 class Bindable(Protocol):
@@ -87,12 +89,12 @@ class TrainStep:
     def start(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> TrainState:
         """Return the first state around parameters that it may consume, already in place."""
         call = self._call(graphdef, params, model_state, batch)
-        self._pipelined.shown = call.compiled
-        training = call.compiled.train_step(self._optimizer)
+        training = self._training(call)
         if graphdef is not None:
             # Put in place once; what no stage reads stays where it is.
             leaves, structure = jax.tree.flatten(model_state)
-            placed = call.compiled.batch.put(call.batch)[: len(leaves)]
+            homes = steps.batch_copies(call.compiled.pipeline).homes[: len(leaves)]
+            placed = Placement(homes, self._pipelined.compiler.devices).put(leaves)
             kept = [old if new is None else new for old, new in zip(leaves, placed, strict=True)]
             model_state = jax.tree.unflatten(structure, kept)
         opt_state = make_on_devices(
@@ -121,9 +123,12 @@ class TrainStep:
           The next state, and the metrics: "loss", and "aux" if the loss function has it.
         """
         call = self._call(state.graphdef, state.params, state.model_state, batch)
-        training = call.compiled.train_step(self._optimizer)
+        training = self._training(call)
         self._executable = training.executable
-        self._pipelined.shown = call.compiled
+        if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(state.params)):
+            raise ValueError(
+                "the state was consumed by an earlier step; use the state that it returned"
+            )
         old, structure = flatten(state.opt_state)
         if structure != training.structure:
             raise ValueError(
@@ -168,6 +173,12 @@ class TrainStep:
         if self._executable is None:
             raise ValueError("no step was taken yet; call step first")
         return self._executable
+
+    def _training(self, call: Call) -> Training:
+        """Return the compiled step for a call, the one used last from now on."""
+        training = call.compiled.train_step(self._optimizer)
+        self._pipelined.shown, call.compiled.used = call.compiled, training
+        return training
 
     def _call(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> Call:
         if graphdef is not None:

@@ -87,7 +87,7 @@ class Trainer:
 
     @property
     def memory(self) -> tuple[DeviceMemory, ...]:
-        """The predicted memory of each device."""
+        """The memory of each device in a step; known before it runs."""
         return self._pipelined.memory
 
     @property

@@ -85,3 +85,14 @@ def test_a_csv_that_does_not_fit(tmp_path):
 def test_a_csv_that_is_not_there():
     with pytest.raises(ValueError, match=r"strategy 'gone\.csv' cannot be read"):
         _make("gone.csv")
+
+
+def test_a_csv_of_a_spreadsheet(tmp_path):
+    """Some begin with a mark of their encoding; some are not in UTF-8."""
+    path = tmp_path / "mine.csv"
+    text = schedule_to_csv(schedule("1f1b", num_devices=2, num_microbatches=4))
+    path.write_text(text, encoding="utf-8-sig")
+    assert len(_make(str(path)).stages) == 2
+    path.write_text(f"\N{LATIN SMALL LETTER E WITH ACUTE}{text}", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"mine\.csv' cannot be read .*; give .* in UTF-8"):
+        _make(str(path))

@@ -250,6 +250,8 @@ def test_a_state_is_consumed():
     moments = find_adam(old.opt_state)
     for leaf in jax.tree.leaves([old.params, moments.mu, moments.nu]):
         assert leaf.is_deleted()
+    with pytest.raises(ValueError, match="the state was consumed by an earlier step; use the"):
+        step(old, data[1])
 
 
 def average_of_parameters(decay=0.9):

@@ -41,7 +41,7 @@ from passes.differentiate import accumulator_dtype
 from passes.jaxprs import Jaxpr
 from passes.split_update import Tied, split_by_device
 from passes.split_values import split_values, unroll_split_scans
-from passes.stages import LOSS, StageGradient, StageProgram, Stages
+from passes.stages import LOSS, Role, StageGradient, StageProgram, Stages
 
 
 class Analysis(Protocol):
@@ -92,7 +92,9 @@ def batch_copies(pipeline: Pipeline) -> Copies:
 
 
 def predicted_memory(pipeline: Pipeline, *state: Copies) -> tuple[DeviceMemory, ...]:
-    """Return what the plan says of the memory of a step that computes gradients.
+    """Return what the plan says of the memory of a step, until its last task ends.
+
+    What follows the tasks, such as an update, may take more.
 
     Args:
       pipeline: what runs.
@@ -109,6 +111,8 @@ def predicted_memory(pipeline: Pipeline, *state: Copies) -> tuple[DeviceMemory, 
         for (device, _), aval in copies.buffers().items():
             resident[device] += jaxprs.nbytes([aval])
     programs = pipeline.programs
+    for device, values in _constants(pipeline).items():
+        resident[device] += sum(value.nbytes for value in values)
     tasks = _tasks(pipeline, programs)
     nbytes = {
         ref.name: jaxprs.nbytes([v.aval])
@@ -382,6 +386,21 @@ def _draft_gradient(pipeline: Pipeline, compiler: Compiler) -> Draft:
 def _tasks(pipeline: Pipeline, programs: Mapping[tuple[int, str], StageProgram]) -> TaskPrograms:
     homes = [placed.device for placed in pipeline.plan.stages]
     return task_programs(pipeline.stages, programs, homes=homes, batch=pipeline.analysis.batch)
+
+
+def _constants(pipeline: Pipeline) -> dict[int, list[Any]]:
+    """Return the arrays that the programs on each device close over."""
+    read = {
+        (s, x.index)
+        for (s, _), program in pipeline.programs.items()
+        for x in program.reads
+        if x.role == Role.CONSTANT
+    }
+    found: dict[int, list[Any]] = {}
+    for s, k in sorted(read):
+        value = pipeline.gradients[s].constants[k]
+        found.setdefault(pipeline.plan.stages[s].device, []).append(value)
+    return found
 
 
 def _bind_constants(draft: Draft, plan: Plan, values: Sequence[Sequence[Any]]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import optax
 import pytest
 
 import jaxptis
@@ -73,3 +74,42 @@ def test_the_first_stage_of_1f1b_holds_as_many_microbatches_as_there_are_devices
             most = max(most, len(found))
             live.difference_update(each.frees)
         assert most == wanted
+
+
+@pytest.mark.usefixtures("lenient")
+def test_memory_of_a_step_counts_all_that_it_holds():
+    """A table that the loss closes over, a tied embedding, the update: the step used last."""
+    table = small_models.normal(3, 256, small_models.WIDTH)
+    params = {"embedding": small_models.normal(7, 512, small_models.WIDTH), **PARAMS}
+    batch = {"ids": jax.numpy.arange(256) % 512, **BATCH}
+
+    def loss_fn(params, batch):
+        x = params["embedding"][batch["ids"]] + batch["x"] @ params["first"] @ table.T @ table
+        for p in params["blocks"]:
+            x = small_models.block(p, x)
+        return jax.numpy.mean((x @ params["embedding"].T) ** 2)
+
+    pipelined = jaxptis.pipeline(
+        loss_fn, num_microbatches=NUM_MICROBATCHES, devices=jax.devices()[:NUM_DEVICES]
+    )
+    step = pipelined.train_step(optax.adam(1e-3))
+    state = step.init(params, batch)
+    training = pipelined.memory
+    call = pipelined.bind(None, params, batch)
+    pipelined.value_and_grad(params, batch)
+    executable = call.compiled.gradient_step.executable
+    measured = executable.measure_peak_bytes([*call.params_buffers(), *call.batch_buffers()])
+    assert measured == tuple(each.peak_bytes for each in pipelined.memory)
+    others = jaxptis.pipeline(
+        loss_fn, num_microbatches=NUM_MICROBATCHES, devices=jax.devices()[:NUM_DEVICES]
+    )
+    others.compile(params, batch)
+    assert others.memory == pipelined.memory
+    step(state, batch)
+    assert pipelined.memory == training
+    # Adam's two moments of the embedding, at least.
+    sizes = [each.resident_bytes for each in training]
+    assert (
+        max(sizes) > max(each.resident_bytes for each in others.memory) + params["embedding"].nbytes
+    )
+    assert sum(sizes) > 4 * sum(x.nbytes for x in jax.tree.leaves(params)) + table.nbytes
