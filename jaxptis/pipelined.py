@@ -165,4 +165,4 @@ class Pipelined:
 
 
 def _types(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple((aval.shape, aval.dtype) for aval in map(aval_of, leaves))
+    return tuple((aval.shape, aval.dtype, aval.weak_type) for aval in map(aval_of, leaves))

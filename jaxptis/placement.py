@@ -16,9 +16,14 @@ from jaxptis.processes import is_local
 def aval_of(leaf: Any) -> jax.ShapeDtypeStruct:
     """Return the type of a leaf, as JAX will see it."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Parts):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        weak = not isinstance(leaf, Parts) and leaf.weak_type
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
     value = np.asarray(leaf)
-    return jax.ShapeDtypeStruct(value.shape, jax.dtypes.canonicalize_dtype(value.dtype))
+    return jax.ShapeDtypeStruct(
+        value.shape,
+        jax.dtypes.canonicalize_dtype(value.dtype),
+        weak_type=isinstance(leaf, int | float | complex) and not isinstance(leaf, bool),
+    )
 
 
 class Placement:

@@ -548,3 +548,28 @@ def test_plan_file(tmp_path, lenient):
         pipelined = make_pipelined(model_loss, strategy=strategy)
         np.testing.assert_array_equal(pipelined.evaluate(model, make_batch()), want)
         assert pipelined.plan == trainer.plan
+
+
+@pytest.mark.usefixtures("lenient")
+def test_scalars_take_the_dtype_of_what_they_meet():
+    """A Python number, and an array made from one, do not turn bfloat16 into float32."""
+
+    def loss(params, batch):
+        x = batch["x"].astype(jnp.bfloat16)
+        for kernel in params["kernels"]:
+            x = jnp.tanh(x @ kernel.astype(jnp.bfloat16))
+        return jnp.mean(x * params["scale"] * batch["scale"])
+
+    params = {"kernels": [matrix(i, 4, 4) for i in range(2)], "scale": jnp.full((), 2.0)}
+    batch = {"x": normal(3, 4, 4), "scale": 3.0}
+    pipelined = jaxptis.pipeline(
+        loss,
+        num_microbatches=2,
+        devices=jax.devices()[:2],
+        batch_axes={"x": 0, "scale": None},
+    )
+    for scale in 2.0, np.float32(2.0):
+        got = pipelined.value_and_grad({**params, "scale": scale}, batch)
+        want = jax.value_and_grad(loss)({**params, "scale": scale}, batch)
+        assert got[0].dtype == want[0].dtype
+        assert_close(got[1]["kernels"], want[1]["kernels"], rtol=0.02)

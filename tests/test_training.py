@@ -409,6 +409,9 @@ def test_nnx_instance():
     trainer = model.trainer(loss=model_loss, optimizer=OPTIMIZERS["adamw"])
     loss, params = nnx_parts(key)
     check_trainer(trainer, None, loss, params, OPTIMIZERS["adamw"])
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batches(1)[0])
+    placed = nnx.to_pure_dict(trainer.init(None, types).params)
+    jax.tree.map(np.testing.assert_array_equal, placed, nnx.to_pure_dict(params))
     # The instance keeps the parameters that it had.
     _, kept = nnx.split(model, nnx.Param)
     jax.tree.map(np.testing.assert_array_equal, kept, params)
