@@ -16,6 +16,7 @@ PROGRAMS = {
     "fail": INDEX + "if index == '1': raise ValueError('too small')\ntime.sleep(60)",
     "killed": INDEX + "if index == '2': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
     "wait": WAIT,
+    "stubborn": INDEX + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAIT,
 }
 
 
@@ -75,6 +76,21 @@ def test_an_interrupt_stops_all(launch, number):
     pids = [int(run.stdout.readline().split()[-1]) for _ in range(2)]
     run.send_signal(number)
     _, err = run.communicate(timeout=50)
+    check_interrupted(run, err, pids)
+
+
+def test_a_second_interrupt_changes_nothing(launch):
+    """Schedulers send one to a process, and one to all of its group."""
+    run = launch("--num_processes=2", "--", "stubborn")
+    pids = [int(run.stdout.readline().split()[-1]) for _ in range(2)]
+    run.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=50)
+    check_interrupted(run, err, pids)
+
+
+def check_interrupted(run, err, pids):
     assert run.returncode == 1
     assert "interrupted" in err and "Traceback" not in err
     for pid in pids:

@@ -40,6 +40,7 @@ def test_training_writes_its_results(tmp_path):
         ("--json_output=/no/such/folder/results.json", "its folder does not exist"),
         ("--strategy=no-such-strategy", "no-such-strategy"),
         ("tiny", "belong to no flag"),
+        ("--local_device_ids=0", "is for processes of --coordinator_address"),
     ],
 )
 def test_a_bad_flag_is_named(flag, complaint):
