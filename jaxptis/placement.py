@@ -16,7 +16,7 @@ from jaxptis.processes import is_local
 def aval_of(leaf: Any) -> jax.ShapeDtypeStruct:
     """Return the type of a leaf, as JAX will see it."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Parts):
-        weak = not isinstance(leaf, Parts) and leaf.weak_type
+        weak = getattr(leaf, "weak_type", False)  # keys and parts have no such attribute
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
     value = np.asarray(leaf)
     return jax.ShapeDtypeStruct(
