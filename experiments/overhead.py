@@ -32,7 +32,7 @@ NUM_HOST_STEPS = flags.DEFINE_integer(
     "num_host_steps", 50, "Steps to time the host for.", lower_bound=1
 )
 MODEL_WIDTHS = flags.DEFINE_list(
-    "model_widths", ["128", "256"], "Of the models on one device, each a multiple of 8."
+    "model_widths", ["128", "256", "512"], "Of the models on one device, each a multiple of 8."
 )
 SEQUENCE_LENGTH = flags.DEFINE_integer(
     "sequence_length", 128, "Tokens predicted in each of their sequences.", lower_bound=1

@@ -64,8 +64,8 @@ def check_times(time):
         for kind, operation in operations.items()
     )
     assert time["host_us_per_task"] == pytest.approx(total_us / time["num_tasks"])
-    assert 0 < time["thread_us_per_task"] <= time["wall_us_per_task"] * 2
-    assert time["step_thread_us_per_task"] > 0
+    whole = ("thread_us_per_task", "wall_us_per_task", "step_thread_us_per_task")
+    assert all(time[name] > 0 for name in whole)
 
 
 def test_one_device_moves_nothing(tmp_path):
