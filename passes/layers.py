@@ -1,6 +1,6 @@
 """Find the layers of a model: they lie between the places where its dataflow narrows.
 
-What depends on parameters only, on the batch (or on constants) only, or is a light combination of
+What depends, beside constants, on parameters only, on the batch only, or is a light combination of
 the two, is computed again where it is read. All else are the activations, and only they ever cross
 from one stage to the next. Walking the equations that make activations, in order, and adding up the
 bytes of the live ones, the sum falls to a narrow waist between blocks: the residual stream. A layer
