@@ -62,6 +62,18 @@ def times_a_constant(p, x):
     return product(x, [stack[k] for k in range(LAYERS)])
 
 
+@reads("b", "w[0]", "w[1]", "w[2]")
+def frozen(p, x):
+    stack = jax.lax.stop_gradient(p["w"])
+    return product(x, [stack[k] for k in range(LAYERS)])
+
+
+@reads("b", "w[0:2]", "w[2]")
+def flipped(p, x):
+    stack = p["w"][::-1, ::-1]
+    return product(x, [stack[0]]) + (stack[1:, :1] * x.sum()).sum()
+
+
 @reads("b", "w[0]", "w[1:3,0:2]", "w[1:3,2:4]")
 def parts_of_parts(p, x):
     first, rest = p["w"][:1], p["w"][1:].reshape(2, WIDTH, 2, 2)
