@@ -11,6 +11,7 @@ arithmetic. Names play no part: they only label.
 import collections
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 
 from passes import jaxprs
@@ -154,6 +155,7 @@ def _labels(program: Program, reads: Sequence[tuple[int, ...]]) -> list[str]:
     for read in reads:
         largest = max((sizes[p] for p in read), default=0)
         large = [p for p in read if sizes[p] * 10 >= largest]
+        large.sort(key=lambda p: _by_number(program.sources[p].path))
         main = [paths[p][:-1] or paths[p] for p in large]
         indices = {program.sources[p].index for p in large}
         ends = ["/".join(path) for path in (*main[:1], *main[-1:])]
@@ -162,6 +164,11 @@ def _labels(program: Program, reads: Sequence[tuple[int, ...]]) -> list[str]:
         numbered = (f"{label}#{n}" for n in itertools.count(2))
         labels.append(next(x for x in itertools.chain([label], numbered) if x not in labels))
     return labels
+
+
+def _by_number(path: str) -> list[str | int]:
+    """Return what paths are sorted by: `Dense_9` is before `Dense_10`."""
+    return [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", path)]
 
 
 def _common_prefix(paths: Sequence[Sequence[str]]) -> list[str]:

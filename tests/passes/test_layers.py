@@ -147,6 +147,15 @@ def test_layers_that_read_the_same_parameter_have_different_names():
     assert names(graph) == ["embedding", "block", "block#2", "embedding#2"]
 
 
+def test_a_layer_of_several_modules_is_named_after_the_first_and_the_last():
+    def loss(p, x):
+        halves = x @ p["Dense_9"]["kernel"], x @ p["Dense_10"]["kernel"]
+        return jnp.concatenate(halves, axis=-1).sum()
+
+    p = {f"Dense_{i}": {"kernel": array(4, 4, seed=i)} for i in (9, 10)}
+    assert names(layers_of(loss, p, array(2, 4))) == ["Dense_9..Dense_10"]
+
+
 def test_names_that_look_numbered_do_not_clash():
     def loss(p, x):
         for name in ("a", "a", "a#2"):
