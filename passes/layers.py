@@ -1,6 +1,6 @@
 """Find the layers of a model: they lie between the places where its dataflow narrows.
 
-What depends on parameters only, on the batch (or on constants) only, or is a light combination of
+What depends, beside constants, on parameters only, on the batch only, or is a light combination of
 the two, is computed again where it is read. All else are the activations, and only they ever cross
 from one stage to the next. Walking the equations that make activations, in order, and adding up the
 bytes of the live ones, the sum falls to a narrow waist between blocks: the residual stream. A layer
@@ -11,6 +11,7 @@ arithmetic. Names play no part: they only label.
 import collections
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 
 from passes import jaxprs
@@ -154,6 +155,7 @@ def _labels(program: Program, reads: Sequence[tuple[int, ...]]) -> list[str]:
     for read in reads:
         largest = max((sizes[p] for p in read), default=0)
         large = [p for p in read if sizes[p] * 10 >= largest]
+        large.sort(key=lambda p: _by_number(program.sources[p].path))
         main = [paths[p][:-1] or paths[p] for p in large]
         indices = {program.sources[p].index for p in large}
         ends = ["/".join(path) for path in (*main[:1], *main[-1:])]
@@ -162,6 +164,11 @@ def _labels(program: Program, reads: Sequence[tuple[int, ...]]) -> list[str]:
         numbered = (f"{label}#{n}" for n in itertools.count(2))
         labels.append(next(x for x in itertools.chain([label], numbered) if x not in labels))
     return labels
+
+
+def _by_number(path: str) -> list[str | int]:
+    """Return what paths are sorted by: `Dense_9` is before `Dense_10`."""
+    return [int(s) if s.isdecimal() else s for s in re.split("([0-9]+)", path)]
 
 
 def _common_prefix(paths: Sequence[Sequence[str]]) -> list[str]:

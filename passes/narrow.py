@@ -13,8 +13,8 @@ ELEMENTWISE = frozenset(
     clamp conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2
     expm1 floor ge gt igamma imag integer_pow is_finite le lgamma log log1p logistic lt max min mul
     ne neg nextafter not or population_count pow real reduce_precision rem round rsqrt select_n
-    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan tanh
-    threefry2x32 xor
+    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient
+    sub tan tanh threefry2x32 xor
     """.split()  # noqa: SIM905
 )
 
@@ -53,6 +53,13 @@ def _elementwise(eqn: JaxprEqn, result: int, box: Box) -> Narrowed:
 def _bitcast(eqn: JaxprEqn, result: int, box: Box) -> Narrowed | None:
     same = shape_of(eqn.invars[0]) == shape_of(eqn.outvars[0])
     return _elementwise(eqn, result, box) if same else None
+
+
+def _rev(eqn: JaxprEqn, result: int, box: Box) -> Narrowed:
+    flipped, shape = eqn.params["dimensions"], shape_of(eqn.invars[0])
+    spans = enumerate(zip(box, shape, strict=True))
+    read = tuple((n - b, n - a) if axis in flipped else (a, b) for axis, ((a, b), n) in spans)
+    return Narrowed(reads=(read,))
 
 
 def _transpose(eqn: JaxprEqn, result: int, box: Box) -> Narrowed:
@@ -141,6 +148,7 @@ _RULES: dict[str, Callable[[JaxprEqn, int, Box], Narrowed | None]] = {
     "reduce_prod": _reduce,
     "reduce_sum": _reduce,
     "reshape": _reshape,
+    "rev": _rev,
     "slice": _slice,
     "split": _split,
     "squeeze": _squeeze,

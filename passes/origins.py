@@ -28,7 +28,8 @@ class Origin(enum.Flag):
 
     An activation depends on parameters and on the batch, by more than light arithmetic on values
     that each depend on one of them: a position bias plus a mask is none. Only activations are ever
-    sent; all else is computed again where it is read.
+    sent; all else is computed again where it is read. A constant that the loss function closes over
+    is neither: a weight times the mask of its pruning is still made of parameters.
     """
 
     NOTHING = 0
@@ -49,7 +50,7 @@ def find_origins(program: Program) -> dict[Var, Origin]:
 
 def origins_of_inputs(program: Program) -> dict[Var, Origin]:
     """Return the origins of what a program is given."""
-    origins = dict.fromkeys(program.constant_vars, Origin.BATCH)
+    origins = dict.fromkeys(program.constant_vars, Origin.NOTHING)
     origins.update(dict.fromkeys(program.batch_vars, Origin.BATCH))
     origins.update(dict.fromkeys(program.param_vars, Origin.PARAMS))
     return origins
@@ -57,7 +58,7 @@ def origins_of_inputs(program: Program) -> dict[Var, Origin]:
 
 def origins_inside(eqn: JaxprEqn, body: Jaxpr, origins: dict[Var, Origin]) -> dict[Var, Origin]:
     """Return the origins of the values in the body that `eqn` calls."""
-    inside = dict.fromkeys(body.constvars, Origin.BATCH)
+    inside = dict.fromkeys(body.constvars, Origin.NOTHING)
     for var, operand in zip(body.invars, eqn.invars, strict=True):
         inside[var] = Origin.NOTHING if isinstance(operand, Literal) else origins[operand]
     add_origins(body.eqns, inside)

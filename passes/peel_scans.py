@@ -2,9 +2,9 @@
 
 `nn.scan`, `nnx.scan` and most large models run all their layers in one `lax.scan`, which a stage
 would have to hold whole. Here a layer loop is a scan in which some matmul multiplies what is
-carried along with a weight of this iteration alone, one that is computed from parameters and
-nothing else. Other scans stay: over time, over microbatches, with weights that all iterations
-share.
+carried along with a weight of this iteration alone, one that is computed from parameters, and at
+most constants beside them. Other scans stay: over time, over microbatches, with weights that all
+iterations share.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def peel_scans(program: Program) -> Program:
 
 def _peel_outermost(program: Program) -> tuple[Jaxpr, list[Any]]:
     """Return the jaxpr, with an input in front for each constant of a body, and these constants."""
-    of_batch = jaxprs.dependents(program.jaxpr, [*program.constant_vars, *program.batch_vars])
+    of_batch = jaxprs.dependents(program.jaxpr, program.batch_vars)
     weights = jaxprs.dependents(program.jaxpr, program.param_vars) - of_batch
     bodies: dict[int, Jaxpr] = {}
     constants: list[Any] = []

@@ -17,6 +17,7 @@ from passes.jaxprs import Jaxpr, JaxprEqn, Literal, Var
 from passes.reductions import (
     Reduction,
     Take,
+    at_least_float32,
     finite,
     pick_constant,
     pick_of,
@@ -25,7 +26,7 @@ from passes.reductions import (
 )
 from passes.slice_values import Part, bind, result_axis
 
-# f(z + shift) = f(z) + f(shift)
+# f(z + shift) = f(z) + f(shift), unless a conversion of type loses digits
 _LINEAR = frozenset(
     "neg convert_element_type broadcast_in_dim reshape slice squeeze transpose copy".split()  # noqa: SIM905
 )
@@ -45,7 +46,8 @@ class Values(dict[Var, Any]):
         self._read = jaxprs.read_vars(jaxpr)
 
     def __missing__(self, v: Var) -> Any:
-        self.run([self.producers[v]])
+        missing = jaxprs.backward_slice(self.jaxpr, invars=list(self), outvars=[v])
+        self.run(missing.eqns)
         return self[v]
 
     def of(self, atom: Var | Literal) -> Any:
@@ -68,7 +70,8 @@ class Wide:
     Attributes:
       axis: that of the vocabulary.
       take: computes a part of z.
-      shift: an array of size 1 along the axis; None for zero.
+      shift: an array of size 1 along the axis, in at least float32, since it is often nearly -z;
+        None for zero.
       weight: computes a part of it; None for one.
       is_exp: whether the exponential is taken.
     """
@@ -188,7 +191,7 @@ class LogitsReader:
             wide = wide.negated
         narrow = list(_shape(eqn.outvars[0]))
         narrow[wide.axis] = 1
-        shift = jnp.broadcast_to(self._values.of(other), narrow)
+        shift = jnp.broadcast_to(at_least_float32(self._values.of(other)), narrow)
         shift = -shift if minus and other is second else shift
         return dataclasses.replace(wide, shift=shift if wide.shift is None else wide.shift + shift)
 
@@ -209,8 +212,10 @@ class LogitsReader:
         name, wide = eqn.primitive.name, self._wide_of(eqn.invars[0])
         if name not in _LINEAR or wide is None or wide.is_plain:
             return None
-        if wide.is_exp and name == "convert_element_type":
-            return wide  # summed in at least float32 anyway
+        if name == "convert_element_type":
+            _check_keeps_digits(eqn)
+            if wide.is_exp:
+                return wide  # summed in at least float32 anyway
         axis = result_axis(eqn, 0, wide.axis)
         if axis is None or not wide.is_sum:
             return None
@@ -288,9 +293,12 @@ class LogitsReader:
             return total if wide.shift is None else total + self._size * wide.shift
 
         def spread(part: Part) -> Any:
-            return jnp.broadcast_to(weight(part), take(part).shape)
+            return jnp.broadcast_to(at_least_float32(weight(part)), take(part).shape)
 
-        total = self._reduce(sum_of(lambda part: spread(part) * take(part), axis))
+        def weighted(part: Part) -> Any:
+            return spread(part) * at_least_float32(take(part))
+
+        total = self._reduce(sum_of(weighted, axis))
         return total + self._reduce(sum_of(spread, axis)) * wide.shift
 
     def _gather(self, eqn: JaxprEqn, wide: Wide) -> Any:
@@ -302,7 +310,8 @@ class LogitsReader:
         if wide.shift is None:
             return picked
         indices = self._values.of(eqn.invars[1])
-        return picked + pick_constant(eqn, wide.shift, indices, wide.axis, self._size)
+        shift = pick_constant(eqn, wide.shift, indices, wide.axis, self._size)
+        return (at_least_float32(picked) + shift).astype(picked.dtype)
 
 
 _REDUCE: Mapping[str, Callable[[LogitsReader, JaxprEqn, Wide], Any]] = {
@@ -314,6 +323,21 @@ _REDUCE: Mapping[str, Callable[[LogitsReader, JaxprEqn, Wide], Any]] = {
 
 def _refusal(eqn: JaxprEqn, why: str = "needs the whole vocabulary at once") -> NotAHead:
     return NotAHead(f"{eqn.primitive.name} at {jaxprs.source_line(eqn)} {why}")
+
+
+def _check_keeps_digits(eqn: JaxprEqn) -> None:
+    """Refuse a conversion of a sum, of which only the terms are known, that rounds it."""
+    before, after = (aval.dtype for aval in jaxprs.avals([*eqn.invars, *eqn.outvars]))
+    if not (jnp.issubdtype(after, jnp.floating) and _holds(after, before)):
+        raise _refusal(
+            eqn, f"rounds {before} to {after} before what is read of it has been reduced"
+        )
+
+
+def _holds(larger: Any, smaller: Any) -> bool:
+    """Whether every number of one float type is one of the other, too."""
+    a, b = jnp.finfo(larger), jnp.finfo(smaller)
+    return bool(a.nmant >= b.nmant and a.maxexp >= b.maxexp)
 
 
 def _shape(atom: Any) -> tuple[int, ...]:

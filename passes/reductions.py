@@ -19,10 +19,10 @@ Reduction = Callable[[Part, Any], Any]  # before the first slice there is None
 
 
 def sum_of(take: Take, axis: int) -> Reduction:
-    """Return the reduction to a sum."""
+    """Return the reduction to a sum, in at least float32."""
 
     def reduction(part: Part, before: Any) -> Any:
-        total = take(part).sum(axis, keepdims=True)
+        total = at_least_float32(take(part)).sum(axis, keepdims=True)
         return total if before is None else before + total
 
     return reduction
@@ -44,8 +44,7 @@ def softmax_of(take: Take, axis: int) -> Reduction:
         return old_total * jnp.exp(finite(old_maximum) - finite(maximum)) + total
 
     def reduction(part: Part, before: Any) -> Any:
-        z = take(part)
-        z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+        z = at_least_float32(take(part))
         maximum = jax.lax.stop_gradient(z).max(axis, keepdims=True)
         if before is not None:
             before = jax.lax.stop_gradient(before[0]), before[1]
@@ -53,6 +52,12 @@ def softmax_of(take: Take, axis: int) -> Reduction:
         return maximum, sum_exp(z, maximum, before)
 
     return reduction
+
+
+def at_least_float32(values: Any) -> Any:
+    """Return the values in float32 where they have a smaller type."""
+    values = jnp.asarray(values)
+    return values if jnp.finfo(values.dtype).bits >= 32 else values.astype(jnp.float32)
 
 
 def finite(maximum: Any) -> Any:

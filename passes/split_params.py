@@ -12,13 +12,13 @@ from passes.program import Program
 def split_params(program: Program) -> Program:
     """Return the program with the parameters that it reads in slices cut into these.
 
-    The slices may be of what is computed from parameters alone, such as a stack of kernels after a
-    transpose and a cast: the slices are taken first then, and each is transposed and cast by
+    The slices may be of what is computed from parameters and constants, such as a stack of kernels
+    after a transpose and a cast: the slices are taken first then, and each is transposed and cast by
     itself. A parameter of which only one slice is read stays whole, and so does one that is
     also read whole. Slices that nobody reads become parameters, too.
     """
     jaxpr = program.jaxpr
-    of_batch = jaxprs.dependents(jaxpr, [*program.constant_vars, *program.batch_vars])
+    of_batch = jaxprs.dependents(jaxpr, program.batch_vars)
     weights = jaxprs.dependents(jaxpr, program.param_vars) - of_batch
     demands = find_demands(
         jaxpr,

@@ -2,6 +2,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -146,6 +147,15 @@ def test_layers_that_read_the_same_parameter_have_different_names():
     assert names(graph) == ["embedding", "block", "block#2", "embedding#2"]
 
 
+def test_a_layer_of_several_modules_is_named_after_the_first_and_the_last():
+    def loss(p, x):
+        halves = x @ p["Dense_9"]["kernel"], x @ p["Dense_10"]["kernel"]
+        return jnp.concatenate(halves, axis=-1).sum()
+
+    p = {f"Dense_{i}": {"kernel": array(4, 4, seed=i)} for i in (9, 10)}
+    assert names(layers_of(loss, p, array(2, 4))) == ["Dense_9..Dense_10"]
+
+
 def test_names_that_look_numbered_do_not_clash():
     def loss(p, x):
         for name in ("a", "a", "a#2"):
@@ -231,9 +241,23 @@ def test_a_loss_without_activations_is_refused(loss_fn):
         find_layers(program)
 
 
+def test_weights_in_the_order_of_a_constant():
+    order = np.array([2, 0, 3, 1])
+
+    def loss(p, x):
+        for k in range(3):
+            x = x + jnp.tanh(x @ p["w"][k][order])
+        return x.sum()
+
+    graph = layers_of(loss, {"w": array(3, 4, 4)}, array(2, 4))
+    assert names(graph) == ["w[0]", "w[1]", "w[2]"]
+
+
 def test_origins():
+    ones = np.ones(4, np.float32)
+
     def loss(p, batch):
-        weight, mask, table = jnp.tanh(p), batch > 0, jnp.arange(4.0)
+        weight, mask, table = jnp.tanh(p * ones), batch > ones, jnp.arange(4.0) + ones
         bias = jnp.where(mask, weight, 0)  # light: no activation
         return jnp.sum(bias * jnp.sin(table)), (weight, mask, table, bias)
 

@@ -104,6 +104,12 @@ def keys_of_the_batch_and_constants(p, batch):
     return jax.lax.scan(body, batch["x"], (p["w"], keys))[0].sum()
 
 
+@loop(dot_general=LAYERS)
+def weights_times_a_constant(p, batch):
+    weights = p["w"] * np.linspace(-1, 1, p["w"].size, dtype=np.float32).reshape(p["w"].shape)
+    return jax.lax.scan(lambda x, w: (dense(x, w), None), batch["x"], weights)[0].sum()
+
+
 @loop(dot_general=2 * LAYERS)
 def groups_of_layers(p, batch):
     groups = jnp.stack([p["w"], 2 * p["w"]])

@@ -131,6 +131,13 @@ def half(p, ids):
     return -pick(log_probs, ids).mean()
 
 
+def smoothed_in_half(p, ids):
+    """Label smoothing on large bfloat16 logits; the log-probabilities are of that type, too."""
+    logits = (logits_of(p, ids) + 1000.0).astype(jnp.bfloat16)
+    labels = 0.9 * jax.nn.one_hot(ids, VOCAB) + 0.1 / VOCAB
+    return -(labels * jax.nn.log_softmax(logits).astype(jnp.float32)).sum(-1).mean()
+
+
 @functools.cache
 def program(fun, count=1):
     if count > 1:
@@ -229,6 +236,30 @@ def test_bfloat16_logits():
     check(half, PARAMS, rtol=COUNT * 2**-8)
 
 
+def test_sums_of_large_bfloat16_logits():
+    logits = (logits_of(PARAMS, IDS) + 1000.0).astype(jnp.bfloat16).astype(jnp.float32)
+    labels = 0.9 * jax.nn.one_hot(IDS, VOCAB) + 0.1 / VOCAB
+    wanted = -(labels * jax.nn.log_softmax(logits)).sum(-1).mean()
+    # Not compiled: XLA would keep more digits than the types have.
+    got = loss_of(program(smoothed_in_half, COUNT))(PARAMS, IDS)
+    # The log of each token's sum, which is less than 16, is rounded to 8 bits.
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=2**-5)
+
+
+def test_many_terms_beside_the_head():
+    """More of them than Python allows calls inside of each other."""
+    params = {**PARAMS, "biases": [array(3, seed=i) for i in range(300)]}
+
+    def loss(p, ids):
+        return optax_integer_labels(p, ids) + 1e-3 * sum(jnp.sum(b * b) for b in p["biases"])
+
+    with jax.numpy_dtype_promotion("standard"):  # what optax needs
+        whole = program_of(loss, params, IDS)
+    parts = slice_head(dataclasses.replace(whole, head_slices=COUNT))
+    wanted, got = (jax.jit(loss_of(each))(params, IDS) for each in (whole, parts))
+    assert_close(got, wanted, rtol=RTOL)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_more_is_saved_than_by_the_whole(name):
     whole, parts = (sum(saved_bytes(program(LOSSES[name], k))) for k in (1, COUNT))
@@ -291,6 +322,16 @@ def differentiated_maximum(p, ids):
     return (jax.nn.logsumexp(logits, axis=-1) + logits.max(-1)).mean(), ()
 
 
+def rounded_log_probs(dtype, p, ids):
+    log_probs = jax.nn.log_softmax(logits_of(p, ids)).astype(dtype)
+    return -pick(log_probs, ids).astype(jnp.float32).mean(), ()
+
+
+def rounded_exponentials(p, ids):
+    exponentials = jnp.exp(logits_of(p, ids)).astype(jnp.int32)
+    return jnp.log(exponentials.sum(-1).astype(jnp.float32)).mean(), ()
+
+
 def no_matmul(p, ids):
     return hidden(p, ids).mean(), ()
 
@@ -302,6 +343,11 @@ def no_matmul(p, ids):
         (accuracy, "argmax at .*test_slice_head.py"),
         (squares, "no sum of its exponentials"),
         (differentiated_maximum, "reduce_max at .*test_slice_head.py.* is differentiated"),
+        *(
+            (functools.partial(rounded_log_probs, dtype), f"_type at .* rounds float32 to {dtype}")
+            for dtype in ("bfloat16", "float16", "int32")
+        ),
+        (rounded_exponentials, "rounds float32 to int32"),
         (no_matmul, "there is no matmul by a parameter"),
     ],
 )

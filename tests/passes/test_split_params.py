@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from passes import PROGRAM_PASSES, jaxprs
@@ -53,6 +54,24 @@ def along_another_axis(p, x):
 def after_a_transpose_a_cast_and_a_sum(p, x):
     stack = (p["w"] * 2 + p["w"] ** 2).transpose(1, 0, 2).astype(jnp.bfloat16)
     return product(x, [stack[:, k].astype(jnp.float32) for k in range(LAYERS)])
+
+
+@reads("b", "w[0]", "w[1]", "w[2]")
+def times_a_constant(p, x):
+    stack = p["w"] * np.linspace(-1, 1, p["w"].size, dtype=np.float32).reshape(p["w"].shape)
+    return product(x, [stack[k] for k in range(LAYERS)])
+
+
+@reads("b", "w[0]", "w[1]", "w[2]")
+def frozen(p, x):
+    stack = jax.lax.stop_gradient(p["w"])
+    return product(x, [stack[k] for k in range(LAYERS)])
+
+
+@reads("b", "w[0:2]", "w[2]")
+def flipped(p, x):
+    stack = p["w"][::-1, ::-1]
+    return product(x, [stack[0]]) + (stack[1:, :1] * x.sum()).sum()
 
 
 @reads("b", "w[0]", "w[1:3,0:2]", "w[1:3,2:4]")
