@@ -322,6 +322,7 @@ class Scan:
       num_consts: inputs of the scan that every iteration reads whole.
       num_carry: inputs after those, and results in front, that go from iteration to iteration.
       length: number of iterations.
+      unroll: how many of them are one iteration of the compiled loop.
       reverse: whether the last iteration is the first to run.
     """
 
@@ -330,6 +331,7 @@ class Scan:
     num_consts: int
     num_carry: int
     length: int
+    unroll: int
     reverse: bool
 
 
@@ -351,6 +353,7 @@ def scan_of(eqn: JaxprEqn) -> Scan | None:
         num_consts=num_consts,
         num_carry=num_carry,
         length=params["length"],
+        unroll=params["unroll"],
         reverse=params["reverse"],
     )
 

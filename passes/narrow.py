@@ -10,7 +10,7 @@ from passes.jaxprs import JaxprEqn, shape_of
 ELEMENTWISE = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
-    clamp conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2
+    clamp conj convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2
     expm1 floor ge gt igamma imag integer_pow is_finite le lgamma log log1p logistic lt max min mul
     ne neg nextafter not or population_count pow real reduce_precision rem round rsqrt select_n
     shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient

@@ -15,7 +15,7 @@ from passes.program import Program
 _LIGHT = frozenset(
     """
     add add_any sub mul div max min pow neg select_n convert_element_type broadcast_in_dim
-    reshape squeeze expand_dims transpose concatenate
+    reshape squeeze transpose concatenate
     """.split()  # noqa: SIM905
 )
 # They call one body with their own operands.

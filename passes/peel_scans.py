@@ -17,7 +17,7 @@ from passes import jaxprs
 from passes.jaxprs import Jaxpr, JaxprEqn, Scan, Var
 from passes.program import Program
 
-_MATMULS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+_MATMULS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 
 
 def peel_scans(program: Program) -> Program:

@@ -23,8 +23,8 @@ CHEAP = frozenset(
     add add_any sub mul div neg max min abs sign floor ceil round clamp square integer_pow
     one_minus_square select_n eq ne lt le gt ge and or not xor is_finite shift_left
     shift_right_logical shift_right_arithmetic convert_element_type bitcast_convert_type
-    reduce_precision stop_gradient copy copy_p optimization_barrier
-    broadcast_in_dim reshape squeeze expand_dims transpose slice rev iota
+    reduce_precision stop_gradient copy optimization_barrier
+    broadcast_in_dim reshape squeeze transpose slice rev iota
     """.split()  # noqa: SIM905
 )
 _SOURCE, _SINK = 0, 1

@@ -18,7 +18,7 @@ _ELEMENTWISE = frozenset(
     add add_any sub mul div rem neg max min abs sign floor ceil round clamp square sqrt rsqrt
     integer_pow pow exp exp2 expm1 log log1p logistic tanh sin cos erf atan2
     select_n eq ne lt le gt ge and or not xor is_finite convert_element_type reduce_precision
-    stop_gradient copy copy_p
+    stop_gradient copy
     """.split()  # noqa: SIM905
 )
 # For each operand the axis along which its part is needed, or None where it is needed whole.

@@ -13,9 +13,9 @@ def split_params(program: Program) -> Program:
     """Return the program with the parameters that it reads in slices cut into these.
 
     The slices may be of what is computed from parameters and constants, such as a stack of kernels
-    after a transpose and a cast: the slices are taken first then, and each is transposed and cast by
-    itself. A parameter of which only one slice is read stays whole, and so does one that is
-    also read whole. Slices that nobody reads become parameters, too.
+    after a transpose and a cast: the slices are taken first then, and each is transposed and cast
+    by itself. A parameter of which only one slice is read stays whole, and so does one that is also
+    read whole. Slices that nobody reads become parameters, too.
     """
     jaxpr = program.jaxpr
     of_batch = jaxprs.dependents(jaxpr, program.batch_vars)

@@ -11,7 +11,7 @@ from passes.jaxprs import Jaxpr, JaxprEqn
 from passes.program import Program, Source
 
 # Primitives bound to a mesh or a device of the user's own, which a stage does not have.
-_BOUND_TO_DEVICES = ("shard_map", "xla_pmap", "sharding_constraint", "reshard", "mesh_cast")
+_BOUND_TO_DEVICES = ("shard_map", "sharding_constraint", "reshard")
 
 
 def trace(

@@ -1,4 +1,9 @@
-"""The work of each layer, as XLA counts it in the compiled programs of that layer."""
+"""The work of each layer, as XLA counts it in the compiled programs of that layer.
+
+XLA counts what is inside of a loop once, whatever the loop's length. So the body of a scan is also
+counted by itself, and added for each further iteration. A while loop, of which nobody knows the
+number of iterations, is counted as a single one.
+"""
 
 import dataclasses
 import hashlib
@@ -8,8 +13,9 @@ import jax
 from passes import jaxprs
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
-from passes.jaxprs import Jaxpr
+from passes.jaxprs import Jaxpr, JaxprEqn, Scan
 from passes.layers import LayerGraph
+from passes.origins import called_body
 from passes.split_backward import split_backward
 from passes.stages import StageGradient, StageProgram
 
@@ -20,6 +26,18 @@ class Work:
 
     flops: float
     bytes_accessed: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            flops=self.flops + other.flops,
+            bytes_accessed=self.bytes_accessed + other.bytes_accessed,
+        )
+
+    def __mul__(self, times: int) -> "Work":
+        return Work(flops=self.flops * times, bytes_accessed=self.bytes_accessed * times)
+
+
+_NO_WORK = Work(flops=0.0, bytes_accessed=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +56,7 @@ _counted: dict[bytes, Work] = {}
 
 
 def count_work(graph: LayerGraph) -> tuple[LayerWork, ...]:
-    """Compile each layer's programs, equal ones once, and read XLA's counts."""
+    """Compile each layer's programs and the bodies of their scans, equal ones once, and count."""
     stages = cut_stages(graph, range(len(graph.layers) + 1))
     return tuple(
         _count_layer(layer.name, gradient)
@@ -58,9 +76,38 @@ def _count_layer(name: str, gradient: StageGradient) -> LayerWork:
 
 
 def _count(program: StageProgram | None) -> Work:
-    if program is None:
-        return Work(flops=0.0, bytes_accessed=0.0)
-    jaxpr = program.jaxpr
+    return _NO_WORK if program is None else _count_jaxpr(program.jaxpr)
+
+
+def _count_jaxpr(jaxpr: Jaxpr) -> Work:
+    return _count_once(jaxpr) + _further_iterations(jaxpr)
+
+
+def _further_iterations(jaxpr: Jaxpr) -> Work:
+    """Return the work of the scans in `jaxpr`, but for what XLA counts of them."""
+    return sum(map(_further_iterations_of, jaxpr.eqns), _NO_WORK)
+
+
+def _further_iterations_of(eqn: JaxprEqn) -> Work:
+    scan, called = jaxprs.scan_of(eqn), called_body(eqn)
+    if scan is not None:
+        return _further_iterations_of_scan(scan)
+    bodies = [called] if called is not None else []
+    if eqn.primitive.name in ("cond", "while"):
+        bodies += jaxprs.sub_jaxprs(eqn)
+    # Of branches XLA counts the largest.
+    return max(map(_further_iterations, bodies), key=lambda work: work.flops, default=_NO_WORK)
+
+
+def _further_iterations_of_scan(scan: Scan) -> Work:
+    body = jaxprs.rebuild(scan.jaxpr, invars=[*scan.jaxpr.constvars, *scan.jaxpr.invars])
+    further = max(scan.length // scan.unroll - 1, 0) * scan.unroll
+    inside = _further_iterations(body) * scan.length
+    return inside + _count_once(body) * further if further else inside
+
+
+def _count_once(jaxpr: Jaxpr) -> Work:
+    """Return XLA's count, which has one iteration of each loop."""
     key = hashlib.sha256(str(jaxpr).encode()).digest()
     if key not in _counted:
         _counted[key] = _compile_and_count(jaxpr)

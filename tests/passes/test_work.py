@@ -1,6 +1,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from passes.work import count_work
@@ -42,6 +43,42 @@ def test_bytes_of_matmuls():
     operands = 4 * (size * 7 + 7 * 11 + size * 11)
     assert second.forward.bytes_accessed == operands
     assert second.backward.bytes_accessed >= 2 * operands - 4 * size * 11
+
+
+def recurrent(length, unroll=1, repeats=1):
+    """Return the work of a layer that runs over time, `repeats` times, between two others."""
+    params = {"in": array(4, 16), "loop": array(16, 16), "out": array(16, 4)}
+
+    def loss(p, x):
+        def step(h, x_t):
+            h = jnp.tanh(h @ p["loop"] + x_t)
+            return h, h
+
+        def run(h, _):
+            return jax.lax.scan(step, h, jnp.ones((length, 8, 16)), unroll=unroll)[0], None
+
+        h = x @ p["in"]
+        h = run(h, None)[0] if repeats == 1 else jax.lax.scan(run, h, length=repeats)[0]
+        return (h @ p["out"]).sum()
+
+    return count_work(layers_of(loss, params, array(8, 4)))[1]
+
+
+@pytest.mark.parametrize("part", ["forward", "backward", "input_grad"])
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_each_iteration_of_a_scan_counts(part, unroll):
+    few, many = (getattr(recurrent(length, unroll), part) for length in (10, 1000))
+    # What is outside of the loop is as much for both.
+    assert 90 * few.flops <= many.flops <= 101 * few.flops
+    # Iterations that XLA unrolls share what they read.
+    assert 50 * few.bytes_accessed <= many.bytes_accessed <= 110 * few.bytes_accessed
+    assert many.flops >= 1000 * 2 * 8 * 16 * 16  # a matmul an iteration
+
+
+def test_a_scan_in_a_scan():
+    once, thrice = recurrent(20), recurrent(20, repeats=3)
+    assert 2.8 * once.forward.flops <= thrice.forward.flops <= 3.2 * once.forward.flops
+    assert thrice.backward.flops >= 2.8 * once.backward.flops
 
 
 @pytest.fixture
