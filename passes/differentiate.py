@@ -128,7 +128,11 @@ def _trace_joint(stages: Stages, index: int) -> _Joint:
         return outs, d_inputs, added
 
     plain = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in cotangents.values()]
-    jaxpr, new, _ = jaxprs.trace(joint, list(avals.values()), plain, list(sums.values()))
+    try:
+        jaxpr, new, _ = jaxprs.trace(joint, list(avals.values()), plain, list(sums.values()))
+    except ValueError as error:
+        _explain_while_loop(stage.forward, error)
+        raise
     jaxpr, inlined = jaxprs.inline(jaxpr, also_rules=True)  # they have been applied by now
     jaxpr = jaxprs.drop_dead_equations(jaxpr)
     constants = (*stage.constants, *inlined, *new)
@@ -150,6 +154,19 @@ def _trace_joint(stages: Stages, index: int) -> _Joint:
         d_inputs=written[len(outputs) : len(outputs) + len(d_inputs)],
         sums=written[len(outputs) + len(d_inputs) :],
     )
+
+
+def _explain_while_loop(forward: Jaxpr, error: ValueError) -> None:
+    """Raise a plainer error, with its line, if it is a while loop that JAX cannot differentiate."""
+    if "Reverse-mode differentiation does not work" not in str(error):
+        return
+    loops = [e for e in jaxprs.equations(forward) if e.primitive.name == "while"]
+    places = " or ".join(dict.fromkeys(map(jaxprs.located, loops)))
+    raise ValueError(
+        f"the gradient flows through {places}, a loop of which the number of iterations "
+        "is not known before it runs; use jax.lax.scan, or jax.lax.fori_loop with constant bounds, "
+        "or jax.lax.stop_gradient of what the loop reads"
+    ) from error
 
 
 def _sum_consumers(cotangents: dict[Operand, Any]) -> list[Any]:

@@ -4,6 +4,7 @@ Everywhere else a jaxpr is an open `Jaxpr` without constants: its inputs are `in
 `eqns`, its results `outvars`. Here such jaxprs are traced, rebuilt, sliced and evaluated.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,10 +30,12 @@ __all__ = [
     "count_primitives",
     "dependents",
     "drop_dead_equations",
+    "equations",
     "evaluate",
     "has_shardings",
     "inline",
     "is_float",
+    "located",
     "nbytes",
     "process_service",
     "read_vars",
@@ -41,7 +44,6 @@ __all__ = [
     "resized",
     "scan_of",
     "shape_of",
-    "source_line",
     "splice",
     "sub_jaxprs",
     "trace",
@@ -372,20 +374,23 @@ def has_shardings(eqn: JaxprEqn) -> bool:
 
 def count_primitives(jaxpr: Jaxpr) -> dict[str, int]:
     """Count the equations of each primitive, those inside of loops and branches included."""
-    counts: dict[str, int] = {}
-    stack = [jaxpr]
-    while stack:
-        for eqn in stack.pop().eqns:
-            counts[eqn.primitive.name] = counts.get(eqn.primitive.name, 0) + 1
-            stack.extend(sub_jaxprs(eqn))
-    return counts
+    return collections.Counter(eqn.primitive.name for eqn in equations(jaxpr))
 
 
-def source_line(eqn: JaxprEqn) -> str:
-    """Return `file:line (function)` of the user's line that made `eqn`."""
+def located(eqn: JaxprEqn) -> str:
+    """Return `primitive at file:line (function)`, the user's; `primitive` if no line is known."""
     from jax._src import source_info_util
 
-    return source_info_util.summarize(eqn.source_info)
+    line = source_info_util.summarize(eqn.source_info)
+    return f"{eqn.primitive.name} at {line}" if line else eqn.primitive.name
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Yield the equations of `jaxpr`, those inside of loops, branches and calls included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in sub_jaxprs(eqn):
+            yield from equations(inner)
 
 
 def is_float(aval: Any) -> bool:

@@ -322,7 +322,7 @@ _REDUCE: Mapping[str, Callable[[LogitsReader, JaxprEqn, Wide], Any]] = {
 
 
 def _refusal(eqn: JaxprEqn, why: str = "needs the whole vocabulary at once") -> NotAHead:
-    return NotAHead(f"{eqn.primitive.name} at {jaxprs.source_line(eqn)} {why}")
+    return NotAHead(f"{jaxprs.located(eqn)} {why}")
 
 
 def _check_keeps_digits(eqn: JaxprEqn) -> None:

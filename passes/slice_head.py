@@ -42,7 +42,7 @@ def slice_head(program: Program) -> Program:
     count, eqns = program.head_slices, program.jaxpr.eqns
     if count > head.size:
         raise ValueError(
-            f"head_slices is {count}, but the head at {jaxprs.source_line(head.matmul)} has a "
+            f"head_slices is {count}, but the head, {jaxprs.located(head.matmul)}, has a "
             f"vocabulary of {head.size}; lower head_slices to {head.size} or less"
         )
 
@@ -107,7 +107,7 @@ def _find_head(program: Program) -> _Head:
         raise ValueError(f"{message}there is no matmul by a parameter; set head_slices to 1")
     matmul, why = max(refused, key=lambda each: jaxprs.nbytes(v.aval for v in each[0].outvars))
     raise ValueError(
-        f"{message}the one with the largest result, at {jaxprs.source_line(matmul)}, is not such: "
+        f"{message}the one with the largest result, {jaxprs.located(matmul)}, is not such: "
         f"{why}; change that, or set head_slices to 1"
     )
 

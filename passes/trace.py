@@ -1,13 +1,13 @@
 """From a loss function to a Program; what cannot be cut into stages is refused here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from passes import jaxprs
 from passes.boxes import whole
-from passes.jaxprs import Jaxpr, JaxprEqn
+from passes.jaxprs import Jaxpr
 from passes.program import Program, Source
 
 # Primitives bound to a mesh or a device of the user's own, which a stage does not have.
@@ -86,25 +86,18 @@ def _check_loss(loss: Any) -> None:
         raise ValueError(f"the loss must be a float, but it has dtype {loss.dtype}")
 
 
-def _equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jaxprs.sub_jaxprs(eqn):
-            yield from _equations(inner)
-
-
 def _check_equations(jaxpr: Jaxpr) -> None:
-    for eqn in _equations(jaxpr):
+    for eqn in jaxprs.equations(jaxpr):
         name = eqn.primitive.name
         if eqn.effects and not any(True for _ in jaxprs.sub_jaxprs(eqn)):
             raise ValueError(
-                f"the loss function has a side effect, {name} at {jaxprs.source_line(eqn)}; a "
+                f"the loss function has a side effect, {jaxprs.located(eqn)}; a "
                 "pipeline runs stages many times and in another order, so remove it, or return "
                 "the value with has_aux=True"
             )
         placed = name == "device_put" and any(d is not None for d in eqn.params["devices"])
         if placed or name in _BOUND_TO_DEVICES or jaxprs.has_shardings(eqn):
             raise ValueError(
-                f"{name} at {jaxprs.source_line(eqn)} binds a value to devices of its own, so it "
+                f"{jaxprs.located(eqn)} binds a value to devices of its own, so it "
                 "cannot be cut into stages; remove it, jaxptis places every value itself"
             )

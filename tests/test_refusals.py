@@ -248,7 +248,7 @@ def test_loop_without_a_reverse():
         x = jax.lax.while_loop(lambda x: jnp.sum(x) < 3, lambda x: x + 1, x)
         return jnp.mean((x @ params["head"] - batch["y"]) ** 2)
 
-    with pytest.raises(ValueError, match=r"while_loop .* Try using lax\.scan"):
+    with pytest.raises(ValueError, match=rf"while at {re.escape(__file__)}:.*use jax\.lax\.scan"):
         make_pipelined(loss).value_and_grad(make_params(1), make_batch())
 
 

@@ -305,5 +305,21 @@ def test_a_loop_without_reverse_gradient_is_refused():
         return jnp.sum(jax.lax.while_loop(lambda y: y.sum() < 9, lambda y: y + 1, x @ p))
 
     graph = layers_of(loss, array(8, 8), array(2, 8))
-    with pytest.raises(ValueError, match="while_loop"):
+    message = r"gradient flows through while at .*test_differentiate\.py:\d+.*use jax\.lax\.scan"
+    with pytest.raises(ValueError, match=message):
         differentiate(cut_stages(graph, [0, 1]))
+
+
+def test_a_while_loop_without_a_gradient_is_run():
+    """Its result is an integer, and the other loop's operands are frozen."""
+
+    def loss(p, x):
+        y = x @ p[0]
+        count = jax.lax.while_loop(lambda n: n < jnp.max(y), lambda n: n + 1, 0)
+        frozen = jax.lax.stop_gradient(y)
+        scale = jax.lax.while_loop(lambda z: z.sum() < 9, lambda z: z + 1, frozen)
+        return jnp.sum(jnp.tanh(y * scale) @ p[1]) * (count + 1)
+
+    params = [array(8, 8), array(8, 3)]
+    with jax.numpy_dtype_promotion("standard"):
+        check_equals_jax(loss, params, array(2, 8))

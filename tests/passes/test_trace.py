@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from passes import jaxprs
 from passes.trace import paths, trace
 
 
@@ -168,6 +169,13 @@ def mutating(p, batch):
 def test_side_effects_are_refused_with_their_line(loss_fn, primitive):
     line = r"test_trace\.py:\d+"
     refuse(loss_fn, f"side effect, .*{primitive}.* at .*{line}", "remove it, or return the value")
+
+
+def test_an_equation_without_a_line_is_named(monkeypatch):
+    (eqn,) = jax.make_jaxpr(lambda x: jax.lax.sin(x))(1.0).eqns
+    assert re.fullmatch(r"sin at .*test_trace\.py:\d+.*", jaxprs.located(eqn))
+    monkeypatch.setattr("jax._src.source_info_util.summarize", lambda source_info: "")
+    assert jaxprs.located(eqn) == "sin"
 
 
 def sharded(p, batch):
