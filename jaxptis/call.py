@@ -9,10 +9,11 @@ import jax
 import optax
 
 from jaxptis.compile import Pipeline
-from jaxptis.executor import steps
+from jaxptis.executor import holdings, steps
 from jaxptis.executor.compiled import CompiledProgram, Compiler
 from jaxptis.executor.draft import Copies, Homes
 from jaxptis.executor.executable import Executable
+from jaxptis.executor.initializer import initializer
 from jaxptis.executor.memory import DeviceMemory
 from jaxptis.executor.stage_tasks import KINDS, stage_program_name
 from jaxptis.parts import Cuts, flatten, is_parts
@@ -71,8 +72,8 @@ class Compiled:
         self.params = Placement(pipeline.homes, compiler.devices)
         program = pipeline.stages.program
         self.cuts = Cuts(program.pieces, [aval.shape for aval in program.leaf_avals])
-        self.batch = Placement(steps.batch_copies(pipeline).homes, compiler.devices)
-        self.results = Placement(steps.result_homes(pipeline, compiler), compiler.devices)
+        self.batch = Placement(holdings.batch_copies(pipeline).homes, compiler.devices)
+        self.results = Placement(holdings.result_homes(pipeline, compiler), compiler.devices)
         self._compiler = compiler
         self._param_types = params
         self._training: dict[optax.GradientTransformation, Training] = {}
@@ -107,7 +108,7 @@ class Compiled:
 
     def memory(self) -> tuple[DeviceMemory, ...]:
         """Return the memory of the step used last, from its instructions; all of them count."""
-        predicted = steps.predicted_memory(
+        predicted = holdings.predicted_memory(
             self.pipeline, *([] if self.used is None else [self.used.copies])
         )
         peaks = (self.used or self.gradient_step).executable.peak_bytes
@@ -212,7 +213,7 @@ def make_on_devices(
     leaves, structure = flatten(list(args))
     types = jax.tree.unflatten(structure, map(aval_of, leaves))
     given = Cuts.of(leaves)
-    executable, needed = steps.initializer(
+    executable, needed = initializer(
         compiler, fun, types, homes, given=given.pieces, wanted=cuts.pieces
     )
     placement = Placement(needed, compiler.devices)

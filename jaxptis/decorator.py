@@ -9,8 +9,8 @@ import optax
 from flax import linen, nnx
 
 from jaxptis.cluster import Cluster
-from jaxptis.compile import Options, Strategy
 from jaxptis.flax_models import Loss, linen_loss, linen_recipe, nnx_recipe
+from jaxptis.options import Options, Strategy
 from jaxptis.pipelined import Pipelined
 from jaxptis.trainer import Trainer
 

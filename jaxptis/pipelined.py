@@ -10,10 +10,11 @@ import optax
 from flax import nnx
 
 from jaxptis.call import Call, Compiled, CompiledStage
-from jaxptis.compile import Options, compile_pipeline
+from jaxptis.compile import compile_pipeline
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.memory import DeviceMemory
 from jaxptis.flax_models import nnx_loss, split_nnx
+from jaxptis.options import Options
 from jaxptis.parts import flatten
 from jaxptis.performance import Timeline
 from jaxptis.placement import aval_of

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 from jaxptis.call import Call, Compiled, Training, make_on_devices
-from jaxptis.executor import steps
+from jaxptis.executor import holdings
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.executable import Executable
 from jaxptis.flax_models import split_nnx
@@ -93,7 +93,7 @@ class TrainStep:
         if graphdef is not None:
             # Put in place once; what no stage reads stays where it is.
             leaves, structure = jax.tree.flatten(model_state)
-            homes = steps.batch_copies(call.compiled.pipeline).homes[: len(leaves)]
+            homes = holdings.batch_copies(call.compiled.pipeline).homes[: len(leaves)]
             placed = Placement(homes, self._pipelined.compiler.devices).put(leaves)
             kept = [old if new is None else new for old, new in zip(leaves, placed, strict=True)]
             model_state = jax.tree.unflatten(structure, kept)

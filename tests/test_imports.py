@@ -26,7 +26,14 @@ MAY_IMPORT = {
     "jaxptis.optimizer": PLANNING,
     "jaxptis.processes": {"passes"},
     "jaxptis.executor": PLANNING | {"jaxptis.processes", "passes"},
-    "jaxptis.compile": PLANNING | {"jaxptis.optimizer", "jaxptis.executor", "passes"},
+    "jaxptis.options": PLANNING,
+    "jaxptis.make_plan": PLANNING | {"jaxptis.options", "jaxptis.optimizer"},
+    "jaxptis.microbatches": {"jaxptis.options", "jaxptis.executor"},
+    "jaxptis.compile": {
+        *PLANNING,
+        *("jaxptis.options", "jaxptis.make_plan", "jaxptis.microbatches"),
+        *("jaxptis.executor", "passes"),
+    },
     "jaxptis": {"jaxptis", "passes"},
     "experiments": {"jaxptis", "models", "passes"},
     "tests": set(OURS),
@@ -38,6 +45,11 @@ JAX_FREE = (
     "jaxptis.optimizer",
     "jaxptis.performance.simulate",
     "jaxptis.performance.costs",
+    "jaxptis.executor.tasks",
+    "jaxptis.executor.emit_tasks",
+    "jaxptis.executor.instructions",
+    "jaxptis.executor.prove",
+    "jaxptis.executor.memory",
 )
 PASSES_MAY_IMPORT = sys.stdlib_module_names | {"jax", "numpy", "scipy", "passes"}
 

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from jaxptis.cluster import Cluster
-from jaxptis.compile import Options, make_plan
+from jaxptis.make_plan import make_plan
+from jaxptis.options import Options
 from jaxptis.performance import Costs, LayerCost, simulate
 from jaxptis.plan import schedule_to_csv
 from jaxptis.schedules import FAMILIES, placement, schedule

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxptis.cluster import Cluster
-from jaxptis.compile import Options, analyse, build
-from jaxptis.executor import steps
+from jaxptis.compile import analyse, build
+from jaxptis.executor import holdings, steps
 from jaxptis.executor.compiled import Compiler
+from jaxptis.options import Options
 from jaxptis.placement import Placement, aval_of
 from tests.random_plans import random_plan
 from tests.small_models import IN, WIDTH, assert_close, block, block_params, matrix, normal
@@ -78,7 +79,7 @@ def check(plan):
     """Compare with the plain gradient, twice, with other weights and data."""
     pipeline = build(analysis(), plan)
     executable, _ = steps.gradient_step(pipeline, compiler())
-    homes = pipeline.homes, steps.batch_copies(pipeline).homes
+    homes = pipeline.homes, holdings.batch_copies(pipeline).homes
     for seed in 0, 1000:
         params, batch, want, want_grads = wanted(seed)
         buffers = []

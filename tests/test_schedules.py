@@ -13,8 +13,10 @@ from flax import nnx
 
 from jaxptis.call import Call, Compiled
 from jaxptis.cluster import Cluster
-from jaxptis.compile import Analysis, Options, analyse, build, make_plan
+from jaxptis.compile import Analysis, analyse, build
 from jaxptis.executor.compiled import Compiler
+from jaxptis.make_plan import make_plan
+from jaxptis.options import Options
 from jaxptis.placement import aval_of
 from jaxptis.schedules import FAMILIES
 from models import MODELS as OURS

@@ -1,9 +1,9 @@
-"""The steps that a pipeline can take: gradients, training, evaluation, and making its state."""
+"""The steps that a pipeline can take: gradients, training and evaluation."""
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,16 @@ from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.draft import Copies, Draft, Homes
 from jaxptis.executor.emit_tasks import emit_tasks
 from jaxptis.executor.executable import Buffer, Executable
-from jaxptis.executor.memory import DeviceMemory, predict_memory
+from jaxptis.executor.holdings import (
+    Pipeline,
+    batch_copies,
+    param_copies,
+    result_homes,
+    tasks_of,
+)
 from jaxptis.executor.programs import (
     INDEX,
     Aval,
-    BatchLeaf,
     results_program,
     stage_program,
     zeros_program,
@@ -30,111 +35,16 @@ from jaxptis.executor.stage_tasks import (
     gradient_sum,
     result,
     stage_program_name,
-    task_programs,
 )
-from jaxptis.executor.tasks import TaskPrograms
-from jaxptis.performance import Costs, simulate
+from jaxptis.performance import simulate
 from jaxptis.plan import Plan
 from passes import jaxprs
 from passes.boxes import Pieces, assemble, whole
 from passes.differentiate import accumulator_dtype
 from passes.jaxprs import Jaxpr
 from passes.split_update import Tied, split_by_device
-from passes.split_values import split_values, unroll_split_scans
-from passes.stages import LOSS, Role, StageGradient, StageProgram, Stages
-
-
-class Analysis(Protocol):
-    """What a step must know of the loss function; `jaxptis.compile.Analysis` is one."""
-
-    @property
-    def costs(self) -> Costs: ...
-    @property
-    def batch(self) -> tuple[BatchLeaf, ...]: ...
-    @property
-    def result_axes(self) -> tuple[int | None, ...]: ...
-
-
-class Pipeline(Protocol):
-    """What a step is made from; `jaxptis.compile.Pipeline` is one."""
-
-    @property
-    def analysis(self) -> Analysis: ...
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def stages(self) -> Stages: ...
-    @property
-    def gradients(self) -> tuple[StageGradient, ...]: ...
-    @property
-    def programs(self) -> Mapping[tuple[int, str], StageProgram]: ...
-    @property
-    def homes(self) -> tuple[Homes, ...]: ...
-
-
-def param_copies(pipeline: Pipeline) -> Copies:
-    """Return where the parameters live."""
-    avals = jaxprs.avals(pipeline.stages.program.param_vars)
-    return Copies(homes=pipeline.homes, prefix="param", avals=tuple(avals))
-
-
-def batch_copies(pipeline: Pipeline) -> Copies:
-    """Return which devices read each leaf of the batch."""
-    readers: list[set[int]] = [set() for _ in pipeline.analysis.batch]
-    for stage, placed in zip(pipeline.stages.stages, pipeline.plan.stages, strict=True):
-        for i in stage.batch:
-            readers[i].add(placed.device)
-    return Copies(
-        homes=tuple(tuple(sorted(devices)) for devices in readers),
-        prefix="batch",
-        avals=tuple(leaf.aval for leaf in pipeline.analysis.batch),
-    )
-
-
-def predicted_memory(pipeline: Pipeline, *state: Copies) -> tuple[DeviceMemory, ...]:
-    """Return what the plan says of the memory of a step, until its last task ends.
-
-    What follows the tasks, such as an update, may take more.
-
-    Args:
-      pipeline: what runs.
-      *state: what else lasts: the optimizer's.
-    """
-    params, batch = param_copies(pipeline), batch_copies(pipeline)
-    sums = Copies(
-        homes=params.homes,
-        prefix="sum",
-        avals=tuple(Aval(a.shape, accumulator_dtype(a.dtype)) for a in params.avals),
-    )
-    resident = [0] * pipeline.plan.num_devices
-    for copies in params, batch, sums, *state:
-        for (device, _), aval in copies.buffers().items():
-            resident[device] += jaxprs.nbytes([aval])
-    programs = pipeline.programs
-    for device, values in _constants(pipeline).items():
-        resident[device] += sum(value.nbytes for value in values)
-    tasks = _tasks(pipeline, programs)
-    nbytes = {
-        ref.name: jaxprs.nbytes([v.aval])
-        for key, program in programs.items()
-        for refs, values in (
-            (tasks[key].reads[-len(program.reads) :], program.jaxpr.invars),
-            (tasks[key].writes, program.jaxpr.outvars),
-        )
-        for ref, v in zip(refs, values, strict=True)
-    }
-    nbytes[MICROBATCH.name] = jaxprs.nbytes([INDEX])
-    return predict_memory(pipeline.plan, tasks, nbytes, resident)
-
-
-def result_homes(pipeline: Pipeline, compiler: Compiler) -> list[Homes]:
-    """Return where each result is: where it is made, and on a device of every other process."""
-    made = {
-        r: placed.device
-        for stage, placed in zip(pipeline.stages.stages, pipeline.plan.stages, strict=True)
-        for r in stage.results
-    }
-    return [compiler.one_per_process(made[r]) for r in sorted(made)]
+from passes.split_values import split_values
+from passes.stages import LOSS, StageProgram
 
 
 def evaluation(pipeline: Pipeline, compiler: Compiler) -> Executable:
@@ -286,55 +196,6 @@ def _uncut(aval: Aval) -> Pieces:
     return (whole(aval.shape),)
 
 
-def initializer(
-    compiler: Compiler,
-    fun: Callable[..., Any],
-    args: Sequence[Any],
-    homes: Sequence[Homes],
-    *,
-    given: Sequence[Pieces],
-    wanted: Sequence[Pieces],
-) -> tuple[Executable, tuple[Homes, ...]]:
-    """Return a program that makes each part of `fun(*args)`, an array of its own, on its devices.
-
-    Args:
-      compiler: for the devices.
-      fun: returns a pytree.
-      args: pytrees of types.
-      homes: where each part is wanted.
-      given: the pieces of each leaf of `args`.
-      wanted: the pieces of each leaf of the result.
-
-    Returns:
-      The program, which takes the parts of `args` on the devices that need them, and for each
-      part these devices.
-    """
-    jaxpr, closed_over, _ = jaxprs.trace(fun, *args)
-    jaxpr, inlined = jaxprs.inline(jaxpr, also_rules=True)
-    jaxpr, unrolled = unroll_split_scans(jaxprs.drop_dead_equations(jaxpr), wanted)
-    constants = [*unrolled, *inlined, *closed_over]
-    fixed = [_uncut(aval) for aval in jaxprs.avals(jaxpr.invars[: len(constants)])]
-    jaxpr = split_values(jaxpr, inputs=[*fixed, *given], outputs=wanted).jaxpr
-    jaxpr = jaxprs.with_own_outputs(jaxprs.drop_dead_equations(jaxpr), also_inputs=True)
-    avals = jaxprs.avals(jaxpr.invars[len(constants) :])
-    split = split_by_device(jaxpr, input_homes=[None] * len(jaxpr.invars), output_homes=list(homes))
-    names = [
-        *(f"init.constant{k}" for k in range(len(constants))),
-        *(f"argument{i}" for i in range(len(avals))),
-    ]
-    draft = Draft(len(compiler.devices))
-    draft.constants_of_split(split, names, constants)
-    needed = Copies(
-        homes=tuple(place.homes for place in split.inputs[len(constants) :]),
-        prefix="argument",
-        avals=tuple(avals),
-    )
-    draft.inputs = needed.buffers()
-    placed = draft.split(split, "init", names)
-    outputs = [(device, buffer) for buffer, at in placed for device in at]
-    return draft.executable(compiler, "making a state", outputs), needed.homes
-
-
 def _totals(sums: Sequence[Sequence[Any]], params: Copies) -> list[Any]:
     """Add up the gradient sums of each parameter, one from each device that holds it."""
     return [
@@ -383,26 +244,6 @@ def _draft_gradient(pipeline: Pipeline, compiler: Compiler) -> Draft:
     return draft
 
 
-def _tasks(pipeline: Pipeline, programs: Mapping[tuple[int, str], StageProgram]) -> TaskPrograms:
-    homes = [placed.device for placed in pipeline.plan.stages]
-    return task_programs(pipeline.stages, programs, homes=homes, batch=pipeline.analysis.batch)
-
-
-def _constants(pipeline: Pipeline) -> dict[int, list[Any]]:
-    """Return the arrays that the programs on each device close over."""
-    read = {
-        (s, x.index)
-        for (s, _), program in pipeline.programs.items()
-        for x in program.reads
-        if x.role == Role.CONSTANT
-    }
-    found: dict[int, list[Any]] = {}
-    for s, k in sorted(read):
-        value = pipeline.gradients[s].constants[k]
-        found.setdefault(pipeline.plan.stages[s].device, []).append(value)
-    return found
-
-
 def _bind_constants(draft: Draft, plan: Plan, values: Sequence[Sequence[Any]]) -> None:
     """Bind what each stage closes over, and the indices of the microbatches."""
     for s, (placed, closed_over) in enumerate(zip(plan.stages, values, strict=True)):
@@ -436,7 +277,7 @@ def _add_tasks(
         )
     draft.inputs = {**param_copies(pipeline).buffers(), **batch_copies(pipeline).buffers()}
     timeline = simulate(plan, pipeline.analysis.costs)
-    emit_tasks(draft.rows, plan, timeline, _tasks(pipeline, programs))
+    emit_tasks(draft.rows, plan, timeline, tasks_of(pipeline, programs))
 
     count = plan.num_microbatches
     avals = jaxprs.avals(pipeline.stages.program.jaxpr.outvars)

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import jaxptis
-from jaxptis.executor import steps
+from jaxptis.executor import holdings
 from tests import small_models
 
 NUM_MICROBATCHES, NUM_DEVICES = 8, 4
@@ -40,7 +40,7 @@ def call(request):
 def test_measured_memory_is_that_of_the_plan(call):
     executable = call.compiled.gradient_step.executable
     measured = executable.measure_peak_bytes([*call.params_buffers(), *call.batch_buffers()])
-    predicted = steps.predicted_memory(call.compiled.pipeline)
+    predicted = holdings.predicted_memory(call.compiled.pipeline)
     for got, want in zip(measured, predicted, strict=True):
         assert got == pytest.approx(want.peak_bytes, rel=0.05)
     # And exactly that which was proven of the lists.
@@ -49,7 +49,7 @@ def test_measured_memory_is_that_of_the_plan(call):
 
 def test_what_a_step_holds(call):
     """Parameters, sums and batch; then what microbatches need, of which 1F1B has P in flight."""
-    predicted = steps.predicted_memory(call.compiled.pipeline)
+    predicted = holdings.predicted_memory(call.compiled.pipeline)
     sizes = [x.nbytes for x in jax.tree.leaves(PARAMS)]
     batch = [x.nbytes for x in jax.tree.leaves(BATCH)]
     assert sum(each.resident_bytes for each in predicted) == 2 * sum(sizes) + sum(batch)
@@ -58,7 +58,7 @@ def test_what_a_step_holds(call):
 
 def test_recomputing_takes_less():
     plain, less = (
-        [each.peak_bytes - each.resident_bytes for each in steps.predicted_memory(pipeline)]
+        [each.peak_bytes - each.resident_bytes for each in holdings.predicted_memory(pipeline)]
         for pipeline in (call_of(s).compiled.pipeline for s in ("1f1b", recomputing()))
     )
     assert all(b < a / 2 for a, b in zip(plain, less, strict=True))

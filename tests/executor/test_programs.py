@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import jaxptis
-from jaxptis.executor import steps
+from jaxptis.executor.initializer import initializer
 from jaxptis.executor.instructions import Run
 from jaxptis.plan import Plan, StagePlan
 from jaxptis.schedules import schedule
@@ -150,7 +150,7 @@ def test_only_transfers_move_data(optimizer):
     devices = jax.devices()[:4]
     pipelined = make_pipelined("1f1b")
     homes = [[d % 4] for d in range(len(jax.tree.leaves(make_params())))]
-    init, _ = steps.initializer(
+    init, _ = initializer(
         pipelined.compiler,
         lambda key: [jax.random.normal(key, (2,))] * len(homes),
         [jax.ShapeDtypeStruct((), jax.random.key(0).dtype)],

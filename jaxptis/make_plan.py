@@ -1,0 +1,131 @@
+"""From a strategy to a plan: named schedules, schedules in CSV files, plans and plan files."""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import pairwise, zip_longest
+from os import PathLike
+from pathlib import Path
+
+from jaxptis.optimizer import balance
+from jaxptis.options import Options
+from jaxptis.performance import Costs
+from jaxptis.plan import Plan, Schedule, StagePlan, schedule_from_csv
+from jaxptis.plan.csv import placement_of
+from jaxptis.schedules import (
+    FAMILIES,
+    StageCosts,
+    check_fills_stages,
+    names_family,
+    placement,
+    schedule,
+)
+
+
+def make_plan(layers: Sequence[str], costs: Costs, options: Options) -> Plan:
+    """Make or check the plan for layers of these names.
+
+    Raises:
+      ValueError: the strategy is not known, or the plan does not fit the model or the devices.
+    """
+    strategy = options.strategy
+    if isinstance(strategy, str) and names_family(strategy):
+        return _named_plan(strategy, layers, costs, options)
+    if not isinstance(strategy, Plan) and str(strategy).endswith(".csv"):
+        plan = _csv_plan(strategy, layers, costs)
+    else:
+        plan = strategy if isinstance(strategy, Plan) else _load_plan(strategy)
+    _check_plan(plan, layers, options)
+    return plan
+
+
+def _named_plan(strategy: str, layers: Sequence[str], costs: Costs, options: Options) -> Plan:
+    num_devices = len(options.devices)
+    check_fills_stages(strategy, num_devices=num_devices, num_layers=len(layers))
+    devices = placement(strategy, num_devices=num_devices)
+    edges = _balance(costs, len(devices))
+    ranges = [range(start, end) for start, end in pairwise(edges)]
+    rows = schedule(
+        strategy,
+        num_devices=num_devices,
+        num_microbatches=options.num_microbatches,
+        costs=StageCosts(
+            forward_s=tuple(costs.task_s(each, "F") for each in ranges),
+            backward_s=tuple(costs.task_s(each, "B") for each in ranges),
+            input_grad_s=tuple(costs.task_s(each, "I") for each in ranges),
+            weight_grad_s=tuple(costs.task_s(each, "W") for each in ranges),
+        ),
+    )
+    return _assemble(layers, edges, devices, rows)
+
+
+def _csv_plan(path: str | PathLike[str], layers: Sequence[str], costs: Costs) -> Plan:
+    """Place stages where the rows have them, and balance the layers over them."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a mark in front
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"strategy {path!r} cannot be read ({error}); give the path of a text file in UTF-8"
+        ) from error
+    rows = schedule_from_csv(text, source=str(path))
+    try:
+        devices = placement_of(rows)
+        if len(layers) < len(devices):
+            raise ValueError(
+                f"{len(layers)} layers cannot fill its {len(devices)} stages; use a schedule of "
+                f"{len(layers)} stages or fewer"
+            )
+        return _assemble(layers, _balance(costs, len(devices)), devices, rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _balance(costs: Costs, num_stages: int) -> tuple[int, ...]:
+    return balance([cost.forward_s + cost.backward_s for cost in costs.layers], num_stages)
+
+
+def _assemble(
+    layers: Sequence[str], edges: Sequence[int], devices: Sequence[int], rows: Schedule
+) -> Plan:
+    stages = (
+        StagePlan(layers=tuple(layers[start:end]), device=device)
+        for (start, end), device in zip(pairwise(edges), devices, strict=True)
+    )
+    return Plan(stages=tuple(stages), schedule=rows)
+
+
+def _load_plan(strategy: str | PathLike[str]) -> Plan:
+    try:
+        return Plan.load(strategy)
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        close = get_close_matches(str(strategy).partition("(")[0], FAMILIES, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(
+            f"strategy {strategy!r} is neither a schedule ({', '.join(FAMILIES)}) nor the path of "
+            f"a plan file that can be read ({error}); {hint}change it, or write the file with "
+            "plan.save(path)"
+        ) from error
+
+
+def _check_plan(plan: Plan, layers: Sequence[str], options: Options) -> None:
+    for index, (planned, found) in enumerate(zip_longest(plan.layers, layers)):
+        if planned != found:
+            raise ValueError(
+                f"the plan is for another model: its layer {index} is {planned!r}, the model's is "
+                f"{found!r} (the plan has {len(plan.layers)} layers, the model {len(layers)}); "
+                "use a plan of this model"
+            )
+    if plan.num_microbatches != options.num_microbatches:
+        raise ValueError(
+            f"the plan has {plan.num_microbatches} microbatches, but num_microbatches is "
+            f"{options.num_microbatches}; make them equal"
+        )
+    if plan.num_devices > len(options.devices):
+        raise ValueError(
+            f"the plan needs {plan.num_devices} devices, but {len(options.devices)} are given; "
+            "pass more devices or use another plan"
+        )
+    if all(task.kind == "F" for row in plan.schedule for task in row):
+        raise ValueError(
+            "the plan has forwards only; give every stage and microbatch a backward, too: "
+            "B, or I and W"
+        )
