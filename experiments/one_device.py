@@ -54,7 +54,7 @@ class Comparison:
         """Of the ratios of steps side by side: a quarter is below the first, a half, three."""
         pairs = zip(self.pipeline.cpu_s, self.plain.cpu_s, strict=True)
         ratios = [pipeline_s / plain_s for pipeline_s, plain_s in pairs]
-        return statistics.quantiles(ratios, n=4)
+        return statistics.quantiles(ratios, n=4, method="inclusive")
 
     @property
     def wall_ratio(self) -> float:

@@ -179,7 +179,9 @@ def summarize(
     cpu_time: Mapping[str, list[float]], flops: Mapping[str, float]
 ) -> dict[str, dict[str, float]]:
     """Returns, of each stage and of all together, the ratios of CPU time and of flops."""
-    quartiles = {name: statistics.quantiles(each, n=4) for name, each in cpu_time.items()}
+    quartiles = {
+        name: statistics.quantiles(each, n=4, method="inclusive") for name, each in cpu_time.items()
+    }
     return {
         name: {
             "cpu_time": statistics.median(each),
