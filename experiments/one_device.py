@@ -1,14 +1,16 @@
 """A pipeline with all its stages on one device, beside the plain step that it must equal.
 
 The plain step is one jitted program: gradients accumulated over the microbatches in a `lax.scan`,
-then the update; its state is donated. Nothing is rematerialised in either.
+then the update; its state is donated. It computes nothing again, so the pipeline is measured once
+without recomputation, and once as stages are by default, saving less. In both, as in the plain
+step, a microbatch goes forward and back before the next begins.
 """
 
 import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +19,13 @@ import numpy as np
 import optax
 
 import jaxptis
-from jaxptis.plan.order import execution_order
+from jaxptis.plan import Recompute, Task
 from models import next_token_loss
 from models.llama2 import Llama2, Llama2Config
 
 NUM_STAGES = 4
 NUM_WARM_UP_STEPS = 3
+RECOMPUTE: tuple[Recompute, ...] = ("none", "cheap")
 
 Step = Callable[[], jax.Array]
 """Takes the next training step, waits until it is done, and returns the loss."""
@@ -38,8 +41,9 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The steps of the pipeline and the plain ones, taken in turns."""
+    """The steps of a pipeline and the plain ones, taken in turns."""
 
+    recompute: Recompute
     num_tasks: int
     pipeline: Cost
     plain: Cost
@@ -82,8 +86,8 @@ def compare(
     microbatch_size: int,
     sequence_length: int,
     num_steps: int,
-) -> Comparison:
-    """Takes `num_steps` steps of the pipeline and of the plain step, in turns, from one state.
+) -> list[Comparison]:
+    """Takes `num_steps` steps of the pipelines and of the plain step, in turns, from one state.
 
     Raises:
       ValueError: the two do not have the same losses.
@@ -99,20 +103,23 @@ def compare(
     batch = jax.device_put({"tokens": tokens}, jax.devices()[0])
     params = jax.jit(Llama2(config).init)(jax.random.key(0), tokens[:1, :-1])["params"]
 
-    plan = _plan(loss_fn, params, batch, num_microbatches)
-    pipeline = _pipeline_step(loss_fn, optimizer, params, batch, plan)
-    plain = _plain_step(loss_fn, optimizer, params, batch, num_microbatches)
-    in_pipeline, in_plain = (
-        [float(step()) for _ in range(NUM_WARM_UP_STEPS)] for step in (pipeline, plain)
-    )
-    if not np.allclose(in_pipeline, in_plain, rtol=1e-4):
-        raise ValueError(f"losses {in_pipeline} in the pipeline, but {in_plain} in plain steps")
-    costs = _costs((pipeline, plain), num_steps)
-    return Comparison(num_tasks=sum(map(len, plan.schedule)), pipeline=costs[0], plain=costs[1])
+    plans = [_plan(loss_fn, params, batch, num_microbatches, each) for each in RECOMPUTE]
+    steps = [_pipeline_step(loss_fn, optimizer, params, batch, plan) for plan in plans]
+    steps.append(_plain_step(loss_fn, optimizer, params, batch, num_microbatches))
+    *losses, plain_losses = ([float(step()) for _ in range(NUM_WARM_UP_STEPS)] for step in steps)
+    if not np.allclose(losses, plain_losses, rtol=1e-4):
+        raise ValueError(f"losses {losses} in the pipelines, but {plain_losses} in plain steps")
+    *costs, plain = _costs(steps, num_steps)
+    return [
+        Comparison(recompute=recompute, num_tasks=len(plan.schedule[0]), pipeline=cost, plain=plain)
+        for recompute, plan, cost in zip(RECOMPUTE, plans, costs, strict=True)
+    ]
 
 
-def _plan(loss_fn: Any, params: Any, batch: Any, num_microbatches: int) -> jaxptis.Plan:
-    """Returns the plan of 1F1B on as many devices as stages, with all its stages on the first."""
+def _plan(
+    loss_fn: Any, params: Any, batch: Any, num_microbatches: int, recompute: Recompute
+) -> jaxptis.Plan:
+    """Returns a plan with balanced stages, all on one device, one microbatch after the other."""
     pipelined = jaxptis.pipeline(
         loss_fn,
         num_microbatches=num_microbatches,
@@ -120,9 +127,14 @@ def _plan(loss_fn: Any, params: Any, batch: Any, num_microbatches: int) -> jaxpt
         strategy="1f1b",
     )
     plan = pipelined.bind(None, params, batch).compiled.pipeline.plan
+    there = [("F", stage) for stage in range(NUM_STAGES)]
+    back = [("B", stage) for stage in reversed(range(NUM_STAGES))]
+    row = [Task(stage, kind, m) for m in range(num_microbatches) for kind, stage in there + back]
     return jaxptis.Plan(
-        stages=tuple(dataclasses.replace(stage, device=0) for stage in plan.stages),
-        schedule=(execution_order(plan.schedule),),
+        stages=tuple(
+            dataclasses.replace(stage, device=0, recompute=recompute) for stage in plan.stages
+        ),
+        schedule=(tuple(row),),
     )
 
 
@@ -183,7 +195,7 @@ def _plain_step(
     return step
 
 
-def _costs(steps: tuple[Step, ...], num_steps: int) -> list[Cost]:
+def _costs(steps: Sequence[Step], num_steps: int) -> list[Cost]:
     """Take all steps in turns, so that what else the machine does falls on all of them."""
     cpu_s: list[list[float]] = [[] for _ in steps]
     wall_s: list[list[float]] = [[] for _ in steps]

@@ -140,7 +140,7 @@ def build(analysis: Analysis, plan: Plan) -> Pipeline:
     stages = cut_stages(analysis.graph, plan.boundaries)
     dump.step("stages", stages.text())
     stages = run(stages, STAGE_PASSES, dump)
-    gradients = differentiate(stages, recomputed=plan.recomputed)
+    gradients = differentiate(stages, recompute=[stage.recompute for stage in plan.stages])
     return Pipeline(
         analysis=analysis,
         plan=plan,

@@ -2,37 +2,41 @@
 
 Each stage is differentiated by itself with `jax.vjp`, so custom rules stay in force. The jaxpr of
 forward and gradient together is then sliced in two, at the values that `choose_saved` saves. A
-stage that is to be recomputed saves nothing: its backward starts from the inputs of the stage.
+stage that recomputes all saves nothing: its backward starts from the inputs of the stage.
 """
 
 import dataclasses
 from collections.abc import Container, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from passes import jaxprs
-from passes.jaxprs import Jaxpr, Literal, Var
-from passes.saved_values import choose_saved
+from passes.jaxprs import Jaxpr, Var
+from passes.saved_values import CHEAP, FORM, choose_saved
 from passes.stages import Operand, Role, StageGradient, Stages, slice_program
 
-Written = tuple[Operand, Var | Literal]
+Recompute = Literal["none", "cheap", "all"]
+AGAIN = {"none": FORM, "cheap": CHEAP}
+Written = tuple[Operand, Var | jaxprs.Literal]
 
 
-def differentiate(stages: Stages, *, recomputed: Container[int] = ()) -> tuple[StageGradient, ...]:
+def differentiate(
+    stages: Stages, *, recompute: Sequence[Recompute] | None = None
+) -> tuple[StageGradient, ...]:
     """Return the forward and backward programs of every stage.
 
     Args:
       stages: what to differentiate.
-      recomputed: the stages that save only their inputs, and run their forward again.
+      recompute: what each stage's backward computes again; what is cheap if not given.
 
     Raises:
       ValueError: JAX cannot differentiate the model in reverse, for example through a while loop.
     """
+    recompute = recompute or ["cheap"] * len(stages.stages)
     return tuple(
-        _differentiate(stages, index, recompute=index in recomputed)
-        for index in range(len(stages.stages))
+        _differentiate(stages, index, recompute=each) for index, each in enumerate(recompute)
     )
 
 
@@ -56,7 +60,7 @@ class _Joint:
         return [v for v, operand in self.reads.items() if operand.role in roles]
 
 
-def _differentiate(stages: Stages, index: int, *, recompute: bool) -> StageGradient:
+def _differentiate(stages: Stages, index: int, *, recompute: Recompute) -> StageGradient:
     stage = stages.stages[index]
     joint = _trace_joint(stages, index)
     moving = jaxprs.dependents(joint.jaxpr, joint.inputs(Role.COTANGENT, Role.D_LOSS))
@@ -64,7 +68,7 @@ def _differentiate(stages: Stages, index: int, *, recompute: bool) -> StageGradi
     sums = [(operand, v) for operand, v in joint.sums if isinstance(v, Var) and v in moving]
     gradient = [*joint.d_inputs, *sums]
     inputs = joint.inputs(Role.CROSSING)
-    saved = inputs if recompute else _saved(joint, moving, gradient)
+    saved = inputs if recompute == "all" else _saved(joint, moving, gradient, AGAIN[recompute])
     outputs = {v: operand for operand, v in joint.outputs if operand.role == Role.CROSSING}
     new = [v for v in saved if v not in inputs and v not in outputs]
     named = {v: Operand(Role.SAVED, k) for k, v in enumerate(new)}
@@ -178,7 +182,9 @@ def _sum_consumers(cotangents: dict[Operand, Any]) -> list[Any]:
     return list(sums.values())
 
 
-def _saved(joint: _Joint, moving: set[Var], gradient: Sequence[Written]) -> list[Var]:
+def _saved(
+    joint: _Joint, moving: set[Var], gradient: Sequence[Written], again: Container[str]
+) -> list[Var]:
     known = [e for e in joint.jaxpr.eqns if moving.isdisjoint(e.outvars)]
     wanted = {v for _, v in gradient if isinstance(v, Var)} - moving
     for eqn in joint.jaxpr.eqns:
@@ -186,4 +192,4 @@ def _saved(joint: _Joint, moving: set[Var], gradient: Sequence[Written]) -> list
             wanted.update(v for v in jaxprs.reads(eqn) if v not in moving)
     at_hand = joint.inputs(Role.CONSTANT, Role.PARAM, Role.BATCH, Role.SUM)
     inputs = joint.inputs(Role.CROSSING)
-    return choose_saved(known, at_hand=at_hand, given=inputs, wanted=wanted)
+    return choose_saved(known, at_hand=at_hand, given=inputs, wanted=wanted, again=again)

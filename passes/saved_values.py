@@ -8,7 +8,7 @@ and constants by cheap equations costs nothing: those are at hand in the backwar
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -17,30 +17,43 @@ from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from passes import jaxprs
 from passes.jaxprs import JaxprEqn, Var
 
-# Cheaper to compute again than to keep: they move bytes, or do one operation a byte moved.
-CHEAP = frozenset(
+FORM = frozenset(
     """
-    add add_any sub mul div neg max min abs sign floor ceil round clamp square integer_pow
-    one_minus_square select_n eq ne lt le gt ge and or not xor is_finite shift_left
-    shift_right_logical shift_right_arithmetic convert_element_type bitcast_convert_type
-    reduce_precision stop_gradient copy optimization_barrier
-    broadcast_in_dim reshape squeeze transpose slice rev iota
+    broadcast_in_dim reshape squeeze transpose slice rev iota stop_gradient copy
+    optimization_barrier convert_element_type bitcast_convert_type reduce_precision
+    select_n eq ne lt le gt ge and or not xor is_finite
     """.split()  # noqa: SIM905
 )
+"""Changes of form, and masks."""
+
+CHEAP = FORM | frozenset(
+    """
+    add add_any sub mul div neg max min abs sign floor ceil round clamp square integer_pow
+    one_minus_square shift_left shift_right_logical shift_right_arithmetic
+    """.split()  # noqa: SIM905
+)
+"""Cheaper to compute again than to keep: they move bytes, or do one operation a byte moved."""
+
 _SOURCE, _SINK = 0, 1
 _UNCUTTABLE = 2**30
 
 
 def choose_saved(
-    known: Sequence[JaxprEqn], *, at_hand: Iterable[Var], given: Iterable[Var], wanted: set[Var]
+    known: Sequence[JaxprEqn],
+    *,
+    at_hand: Iterable[Var],
+    given: Iterable[Var],
+    wanted: set[Var],
+    again: Container[str] = CHEAP,
 ) -> list[Var]:
     """Return the values to save so that `wanted` can be computed from them by cheap equations.
 
     Args:
       known: the equations that do not depend on a cotangent, in order.
-      at_hand: values that the backward has anyway, at no cost.
+      at_hand: values that the backward has anyway, at no cost; so is what is cheap from these.
       given: other values that no equation makes; they cost their bytes if the backward reads them.
       wanted: what the gradient reads.
+      again: the primitives that may be run again, on values that are not at hand.
 
     Returns:
       The saved values, in the order in which they are made.
@@ -51,15 +64,17 @@ def choose_saved(
     node: dict[Var, int] = {v: 2 + 2 * i for i, v in enumerate(costs)}
     edges += [(_SOURCE, node[v], _UNCUTTABLE) for v in costs]
     for eqn in known:
-        cheap = eqn.primitive.name in CHEAP
+        sources = set(jaxprs.reads(eqn)) - free
+        if eqn.primitive.name in CHEAP and not sources:
+            free.update(eqn.outvars)
+            continue
         for v in eqn.outvars:
             node[v] = 2 + 2 * len(node)
             costs[v] = jaxprs.nbytes([v.aval])
-            if not cheap:
-                edges.append((_SOURCE, node[v], _UNCUTTABLE))
-            else:
-                sources = {u for u in jaxprs.reads(eqn) if u not in free}
+            if eqn.primitive.name in again:
                 edges += [(node[u] + 1, node[v], _UNCUTTABLE) for u in sources]
+            else:
+                edges.append((_SOURCE, node[v], _UNCUTTABLE))
     # The flow works in 32-bit integers, so bytes are counted in units.
     unit = math.ceil((sum(costs.values()) + 1) / (_UNCUTTABLE // 2))
     edges += [(n, n + 1, max(1, costs[v] // unit)) for v, n in node.items()]

@@ -21,7 +21,11 @@ def random_plan(
     num_devices = rng.randint(1, 4)
     num_microbatches = num_microbatches or rng.randint(1, 4)
     stages = [
-        StagePlan(layers=names, device=rng.randrange(num_devices), recompute=rng.random() < 0.3)
+        StagePlan(
+            layers=names,
+            device=rng.randrange(num_devices),
+            recompute=rng.choices(("all", "none", "cheap"), (3, 3, 4))[0],
+        )
         for names in (_cut(rng, layers, 2 * num_devices) if layers else _made_up(rng))
     ]
     last = len(stages) - 1

@@ -194,7 +194,15 @@ def test_gradients_are_those_of_the_plain_step(name, num_devices, strategy):
 
 
 @pytest.mark.parametrize("strategy", FAMILIES)
-def test_stages_that_recompute(strategy):
+def test_stages_that_recompute_all(strategy):
+    check_recompute("all", strategy)
+
+
+def test_stages_that_recompute_nothing():
+    check_recompute("none", "zb-h1")
+
+
+def check_recompute(recompute, strategy):
     plan = model("llama2").plan(strategy, 2)
-    stages = tuple(dataclasses.replace(stage, recompute=True) for stage in plan.stages)
+    stages = tuple(dataclasses.replace(stage, recompute=recompute) for stage in plan.stages)
     model("llama2").check(dataclasses.replace(plan, stages=stages))

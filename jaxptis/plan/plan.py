@@ -4,22 +4,29 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, get_args
 
 from jaxptis.plan.order import execution_order
 from jaxptis.plan.task import Schedule, Task
+
+Recompute = Literal["none", "cheap", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """Consecutive layers, by name, and the device that runs them.
 
-    With `recompute` the stage keeps only its inputs for the backward, and runs its forward again.
+    Attributes:
+        layers: their names, in the order of the model.
+        device: the index of the device.
+        recompute: what the backward computes again, for the forward to save less: "all" of the
+            forward, so that only the inputs of the stage are saved; what is "cheap" (elementwise
+            arithmetic), so that the fewest bytes are saved for which no more is necessary; "none".
     """
 
     layers: tuple[str, ...]
     device: int
-    recompute: bool = False
+    recompute: Recompute = "cheap"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +68,6 @@ class Plan:
     def boundaries(self) -> tuple[int, ...]:
         """The index of every stage's first layer, then the number of layers."""
         return tuple(accumulate((len(stage.layers) for stage in self.stages), initial=0))
-
-    @property
-    def recomputed(self) -> frozenset[int]:
-        """The stages that recompute."""
-        return frozenset(index for index, stage in enumerate(self.stages) if stage.recompute)
 
     def forward_only(self) -> Self:
         """Return the plan without its backward, for evaluation."""
@@ -130,6 +132,11 @@ def _check_stages(plan: Plan) -> None:
             raise ValueError(
                 f"stage {index} is on device {stage.device}, but the schedule has rows for "
                 f"{plan.num_devices} devices, counted from 0; move the stage or add the row"
+            )
+        if stage.recompute not in get_args(Recompute):
+            raise ValueError(
+                f"stage {index} is to recompute {stage.recompute!r}; use one of "
+                f"{', '.join(get_args(Recompute))}"
             )
         for name in stage.layers:
             if name.split() != [name] or name.startswith("#"):

@@ -5,20 +5,22 @@
     stage 0 on device 0
       embed_tokens
       layers/0/attention
-    stage 1 on device 1 recompute
+    stage 1 on device 1 recompute all
       layers/0/mlp
 
     device 0: 0F0 0F1 0B0 0B1
     device 1: 1F0 1B0 1F1 1B1
 
 An indented line is a layer of the stage above it, so moving a layer is moving a line. A stage that
-recomputes says so. `#` at the start of a line or after whitespace starts a comment.
+recomputes more or less than what is cheap says so. `#` at the start of a line or after whitespace
+starts a comment.
 """
 
 import re
 from dataclasses import dataclass
+from typing import cast, get_args
 
-from jaxptis.plan.plan import Plan, StagePlan
+from jaxptis.plan.plan import Plan, Recompute, StagePlan
 from jaxptis.plan.task import Task
 
 _HEADER = ("jaxptis", "plan", "1")
@@ -28,7 +30,7 @@ def to_text(plan: Plan) -> str:
     """Write a plan in the canonical form that `from_text` reads."""
     lines = [" ".join(_HEADER), ""]
     for index, stage in enumerate(plan.stages):
-        ending = " recompute" if stage.recompute else ""
+        ending = "" if stage.recompute == "cheap" else f" recompute {stage.recompute}"
         lines.append(f"stage {index} on device {stage.device}{ending}")
         lines += [f"  {name}" for name in stage.layers]
     lines.append("")
@@ -107,7 +109,7 @@ class _Line:
 class _Stage:
     word: _Word
     device: int
-    recompute: bool
+    recompute: Recompute
     layers: list[_Word]
 
 
@@ -144,7 +146,7 @@ def _read_header(line: _Line) -> None:
 
 
 def _read_stage(line: _Line, index: int) -> _Stage:
-    """Read `stage 0 on device 0`, perhaps with `recompute` behind it."""
+    """Read `stage 0 on device 0`, perhaps with `recompute all` behind it."""
     words = iter(line.words)
     next(words)
     word = next(words)
@@ -155,11 +157,16 @@ def _read_stage(line: _Line, index: int) -> _Stage:
     word = next(words)
     device = _read_number(word, "device")
     ending = next(words)
-    if ending.text not in ("", "recompute"):
-        raise ending.error("bad stage line", "'recompute' or the end of the line")
-    if ending.text:
+    recompute: Recompute = "cheap"
+    if ending.text == "recompute":
+        level = next(words)
+        if level.text not in get_args(Recompute):
+            raise level.error("bad stage line", f"one of {', '.join(get_args(Recompute))}")
+        recompute = cast(Recompute, level.text)
         _read_end(next(words))
-    return _Stage(word=word, device=device, recompute=bool(ending.text), layers=[])
+    elif ending.text:
+        raise ending.error("bad stage line", "'recompute' or the end of the line")
+    return _Stage(word=word, device=device, recompute=recompute, layers=[])
 
 
 def _read_layer(line: _Line) -> _Word:

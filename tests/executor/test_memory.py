@@ -28,7 +28,7 @@ def call_of(strategy):
 
 def recomputing():
     plan = call_of("1f1b").compiled.pipeline.plan
-    stages = (dataclasses.replace(stage, recompute=True) for stage in plan.stages)
+    stages = (dataclasses.replace(stage, recompute="all") for stage in plan.stages)
     return dataclasses.replace(plan, stages=tuple(stages))
 
 

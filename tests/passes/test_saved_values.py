@@ -9,7 +9,8 @@ import pytest
 from passes import jaxprs
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
-from passes.saved_values import choose_saved
+from passes.saved_values import CHEAP as CHEAP_PRIMITIVES
+from passes.saved_values import FORM, choose_saved
 from passes.stages import Role
 from tests.passes.on_host import layers_of
 from tests.passes.small_models import array
@@ -52,11 +53,19 @@ def random_equations(rng):
     return jaxpr
 
 
-def is_computable(eqns, wanted, have):
-    """Whether cheap equations get from `have` to `wanted`."""
-    have = set(have)
+def is_computable(eqns, wanted, have, *, at_hand, again):
+    """Whether one can get from `have` to `wanted`, with cheap equations if only `at_hand` is read.
+
+    Args:
+      again: whether a primitive may be run again on other values.
+    """
+    free, have = set(at_hand), {*at_hand, *have}
     for eqn in eqns:
-        if eqn.primitive.name not in HEAVY_PRIMITIVES and have.issuperset(jaxprs.reads(eqn)):
+        is_cheap = eqn.primitive.name not in HEAVY_PRIMITIVES
+        if is_cheap and free.issuperset(jaxprs.reads(eqn)):
+            free.update(eqn.outvars)
+            have.update(eqn.outvars)
+        elif is_cheap and again(eqn) and have.issuperset(jaxprs.reads(eqn)):
             have.update(eqn.outvars)
     return wanted <= have
 
@@ -65,19 +74,27 @@ def size(variables):
     return jaxprs.nbytes(v.aval for v in variables)
 
 
-def fewest_bytes(eqns, *, at_hand, given, wanted):
+def fewest_bytes(eqns, *, at_hand, given, wanted, again):
     """Try all sets."""
     candidates = [*given, *(v for eqn in eqns for v in eqn.outvars)]
     return min(
         size(subset)
         for length in range(len(candidates) + 1)
         for subset in itertools.combinations(candidates, length)
-        if is_computable(eqns, wanted, {*at_hand, *subset})
+        if is_computable(eqns, wanted, subset, at_hand=at_hand, again=again)
     )
 
 
+def is_arithmetic(eqn):
+    return eqn.primitive.name in ("add", "mul", "neg")
+
+
+@pytest.mark.parametrize(
+    ("primitives", "again"),
+    [(CHEAP_PRIMITIVES, lambda eqn: True), (FORM, lambda eqn: not is_arithmetic(eqn))],
+)
 @pytest.mark.parametrize("seed", range(60))
-def test_no_set_of_values_has_fewer_bytes(seed):
+def test_no_set_of_values_has_fewer_bytes(seed, primitives, again):
     rng = random.Random(seed)
     while True:
         jaxpr = random_equations(rng)
@@ -88,11 +105,11 @@ def test_no_set_of_values_has_fewer_bytes(seed):
     wanted = set(rng.sample(values, min(len(values), rng.randint(1, 3)))) | set(
         rng.sample(jaxpr.invars, rng.randint(0, 2))
     )
-    saved = choose_saved(jaxpr.eqns, at_hand=at_hand, given=given, wanted=wanted)
+    saved = choose_saved(jaxpr.eqns, at_hand=at_hand, given=given, wanted=wanted, again=primitives)
     assert len(saved) == len(set(saved))
     assert not set(saved) & set(at_hand)
-    assert is_computable(jaxpr.eqns, wanted, {*at_hand, *saved})
-    least = fewest_bytes(jaxpr.eqns, at_hand=at_hand, given=given, wanted=wanted)
+    assert is_computable(jaxpr.eqns, wanted, saved, at_hand=at_hand, again=again)
+    least = fewest_bytes(jaxpr.eqns, at_hand=at_hand, given=given, wanted=wanted, again=again)
     assert size(saved) == least
 
 
@@ -114,10 +131,11 @@ def test_sizes_beyond_32_bits():
     assert saved == [narrow]
 
 
-def saved_avals(loss_fn, params, batch):
+def saved_avals(loss_fn, params, batch, *, recompute="cheap"):
     """Return the types of what a single stage saves."""
     graph = layers_of(loss_fn, params, batch)
-    (gradient,) = differentiate(cut_stages(graph, [0, len(graph.layers)]))
+    stages = cut_stages(graph, [0, len(graph.layers)])
+    (gradient,) = differentiate(stages, recompute=[recompute])
     return gradient.forward.avals_of(Role.SAVED)
 
 
@@ -151,6 +169,24 @@ def test_a_relu_saves_the_cheaper(relu, is_frozen, expected):
         return jnp.sum(relu(x @ p["up"]) @ down)
 
     assert types(saved_avals(loss, PARAMS, array(N, WIDTH))) == expected
+
+
+@pytest.mark.parametrize(
+    ("recompute", "number"),
+    [
+        ("cheap", 2),
+        # The gradient of `down` reads the product, those of its factors each other.
+        ("none", 3),
+    ],
+)
+def test_a_product_is_saved_unless_it_may_be_computed_again(recompute, number):
+    def loss(p, x):
+        w = 2 * p["up"]  # never saved: parameters are at hand
+        return jnp.sum(((x @ w) * jnp.sin(x @ p["up"])) @ p["down"])
+
+    # Of `sin` its derivative is saved, too.
+    saved = saved_avals(loss, PARAMS, array(N, WIDTH), recompute=recompute)
+    assert types(saved) == [("float32", (N, HIDDEN))] * (number + 1)
 
 
 def test_what_the_batch_gives_is_not_saved():

@@ -16,14 +16,13 @@ from tests.passes.small_models import MODELS, array, blocks, case, mlp
 from tests.passes.test_differentiate import HEAVY
 
 
-def stages_and_gradients(name, seed, *, recompute=False):
+def stages_and_gradients(name, seed, *, recompute="cheap"):
     graph = case(name).graph
     stages = cut_stages(graph, random_boundaries(len(graph.layers), seed))
-    everything = range(len(stages.stages)) if recompute else ()
-    return stages, differentiate(stages, recomputed=everything)
+    return stages, differentiate(stages, recompute=[recompute] * len(stages.stages))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "all"])
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", MODELS)
 def test_parts_and_whole_are_equal(name, seed, recompute):
@@ -45,7 +44,7 @@ def counts(*programs):
     return found
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "all"])
 @pytest.mark.parametrize("name", MODELS)
 def test_nothing_heavy_is_computed_twice(name, recompute):
     c = case(name)
@@ -112,7 +111,7 @@ def test_what_follows_cheaply_from_saved_values_is_not_kept():
 
 def test_a_recomputed_stage_saves_nothing():
     for name in MODELS:
-        stages, gradients = stages_and_gradients(name, 0, recompute=True)
+        stages, gradients = stages_and_gradients(name, 0, recompute="all")
         for stage, gradient in zip(stages.stages, gradients, strict=True):
             assert not gradient.forward.avals_of(Role.SAVED)
             inputs = {x.index for x in gradient.backward.reads if x.role == Role.CROSSING}

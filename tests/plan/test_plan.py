@@ -79,6 +79,13 @@ def test_plan_is_a_value() -> None:
         plan.schedule = ()  # type: ignore[misc]
 
 
+def test_unknown_recompute() -> None:
+    plan = _plan("0F0 0B0", "1F0 1B0")
+    message = "stage 0 is to recompute True; use one of none, cheap, all"
+    with pytest.raises(ValueError, match=message):
+        replace(plan, stages=(replace(plan.stages[0], recompute=True),))  # type: ignore[arg-type]
+
+
 def test_device_without_a_stage_idles() -> None:
     assert _plan("0F0 0B0", "1F0 1B0", "").num_devices == 3
 

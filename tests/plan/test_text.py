@@ -143,6 +143,12 @@ _STAGE = "'stage <number> on device <number>'"
             "stage 0 on device 0 x",
             "3:21: bad stage line: found 'x', expected 'recompute' or the end",
         ),
+        (
+            3,
+            "stage 0 on device 0 recompute",
+            "3:30: bad stage line: found the end, expected one of none, cheap, all",
+        ),
+        (3, "stage 0 on device 0 recompute all x", "3:35: too much on the line: found 'x', expect"),
         (3, "stage 0 on device 2", "3:19: stage on a device without a row: found '2', expected 0"),
         (4, "embed", "4:1: unknown line: found 'embed', expected 'stage', 'device' or an indented"),
         (4, "\twte x", "4:6: too much on the line: found 'x', expected the end of the line"),
