@@ -24,7 +24,7 @@ types: $(VENV)/.ready-to-test
 
 # The quick ones run first: tests/conftest.py says which.
 pytest: $(VENV)/.ready-to-test
-	$(python) -m pytest -n 2
+	$(python) -m pytest -n 2 --dist worksteal
 
 # The wheel holds all that it needs: imported from another folder, without this one.
 wheel: $(VENV)/.ready-to-test

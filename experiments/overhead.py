@@ -140,6 +140,8 @@ def report(
                 f"{ratio.wall_ratio:.3f}",
             )
     console.print(table)
+    if not times:
+        return
     table = Table(
         "schedule",
         "micro-\nbatches",

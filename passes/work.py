@@ -7,6 +7,7 @@ number of iterations, is counted as a single one.
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import jax
 
@@ -114,11 +115,19 @@ def _count_once(jaxpr: Jaxpr) -> Work:
     return _counted[key]
 
 
+# Of what comes after the passes that decide what is counted, as little as possible.
+_COUNT_ONLY: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
 def _compile_and_count(jaxpr: Jaxpr) -> Work:
     def layer(*args: jax.Array) -> list[jax.Array]:
         return jaxprs.evaluate(jaxpr, args)
 
-    compiled = jax.jit(layer).lower(*jaxprs.avals(jaxpr.invars)).compile()
+    lowered = jax.jit(layer).lower(*jaxprs.avals(jaxpr.invars))
+    compiled = lowered.compile(compiler_options=_COUNT_ONLY)
     analysis = compiled.cost_analysis() or {}
     return Work(
         flops=analysis.get("flops", 0.0), bytes_accessed=analysis.get("bytes accessed", 0.0)
