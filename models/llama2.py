@@ -1,8 +1,7 @@
 """LLaMA-2 (arXiv 2307.09288): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Shapes: B batch, T and S positions (of queries, of keys), D model width, N query heads,
-K key-value heads, G = N / K query heads that share a key-value head, H head width,
-P = H / 2 pairs that turn, F hidden width of the MLP, V vocabulary.
+K key-value heads, H head width, V vocabulary.
 """
 
 import dataclasses
@@ -13,6 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
+
+from models.parts.attention import attend
+from models.parts.dense import dense
+from models.parts.mlp import gated_mlp
+from models.parts.norm import RMSNorm
+from models.parts.rope import rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,72 +92,6 @@ SIZES: Mapping[str, Llama2Config] = MappingProxyType(
 )
 
 
-def rotate(x_BTNH: jax.Array, rope_theta: float) -> jax.Array:
-    """Turns the pair (i, i + H / 2) of every head by position * rope_theta ** (-2 i / H) radians.
-
-    The scalar product of a turned query and a turned key depends on the distance between their
-    positions only (RoFormer, arXiv 2104.09864, equation 16).
-    """
-    num_positions, head_width = x_BTNH.shape[1], x_BTNH.shape[3]
-    frequencies_P = rope_theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    positions_T11 = jnp.arange(num_positions, dtype=jnp.float32)[:, None, None]
-    cos_T1P, sin_T1P = (
-        jnp.cos(positions_T11 * frequencies_P),
-        jnp.sin(positions_T11 * frequencies_P),
-    )
-    a_BTNP, b_BTNP = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned_BTNH = jnp.concatenate(
-        [a_BTNP * cos_T1P - b_BTNP * sin_T1P, b_BTNP * cos_T1P + a_BTNP * sin_T1P], axis=-1
-    )
-    return turned_BTNH.astype(x_BTNH.dtype)
-
-
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-    """Attends causally, query head n to key-value head n // G, with the softmax in float32."""
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
-    visible_TS = jnp.arange(S) <= jnp.arange(T)[:, None]
-    weights_BKGTS = jax.nn.softmax(jnp.where(visible_TS, scores_BKGTS * H**-0.5, -jnp.inf))
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
-
-
-def dense(
-    config: Llama2Config,
-    name: str,
-    features: int | tuple[int, ...],
-    axis: int | tuple[int, ...] = -1,
-) -> nn.DenseGeneral:
-    """A matmul from the given axes to the given features, without a bias."""
-    return nn.DenseGeneral(
-        features,
-        axis=axis,
-        use_bias=False,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        name=name,
-    )
-
-
-class RMSNorm(nn.Module):
-    """Divides by the root mean square, in float32 (arXiv 1910.07467, equation 4)."""
-
-    config: Llama2Config
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c = self.config
-        scale_D = self.param("scale", nn.initializers.ones, x_BTD.shape[-1:], c.param_dtype)
-        x32_BTD = x_BTD.astype(jnp.float32)
-        mean_square_BT1 = jnp.mean(x32_BTD**2, axis=-1, keepdims=True)
-        normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square_BT1 + c.norm_epsilon)
-        return normed_BTD.astype(c.dtype) * scale_D.astype(c.dtype)
-
-
 class Attention(nn.Module):
     """Maps the residual stream (B, T, D) to what grouped-query attention adds to it."""
 
@@ -170,17 +109,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Maps the residual stream (B, T, D) to what SwiGLU adds (arXiv 2002.05202, equation 6)."""
+    """Maps the residual stream (B, T, D) to what SwiGLU adds to it."""
 
     config: Llama2Config
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        x_BTD = RMSNorm(c, name="norm")(x_BTD)
-        gate_BTF = dense(c, "gate", c.mlp_width)(x_BTD)
-        up_BTF = dense(c, "up", c.mlp_width)(x_BTD)
-        return dense(c, "down", c.model_width)(nn.silu(gate_BTF) * up_BTF)
+        return gated_mlp(c, RMSNorm(c, name="norm")(x_BTD), c.mlp_width)
 
 
 class Block(nn.Module):

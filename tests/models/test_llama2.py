@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.llama2 import SIZES, Llama2, rotate
+from models.llama2 import SIZES, Llama2
+from models.parts.rope import rotate
 
 SMALL = dataclasses.replace(SIZES["tiny"], model_width=32, mlp_width=48, num_blocks=2)
 TOKENS_BT = np.random.default_rng(0).integers(0, 256, size=(2, 12)).astype(np.int32)

@@ -1,0 +1,70 @@
+"""LLaMA-2 as Hugging Face stores it (model_type "llama")."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.hugging_face.stored import Stored
+from models.llama2 import Llama2Config
+
+MODEL_TYPES = ("llama",)
+
+
+def read_config(stored: Mapping[str, Any], **types: Any) -> Llama2Config:
+    """Return the config of a config.json; `types` are its dtype and param_dtype."""
+    return Llama2Config(
+        vocab_size=stored["vocab_size"],
+        model_width=stored["hidden_size"],
+        mlp_width=stored["intermediate_size"],
+        num_blocks=stored["num_hidden_layers"],
+        num_heads=stored["num_attention_heads"],
+        num_kv_heads=stored["num_key_value_heads"],
+        norm_epsilon=stored["rms_norm_eps"],
+        rope_theta=stored["rope_theta"],
+        **types,
+    )
+
+
+def write_config(config: Llama2Config) -> dict[str, Any]:
+    """Return the config.json of a config."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_blocks,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope_theta,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+
+
+def stored_as(config: Llama2Config) -> dict[str, Stored]:
+    """Return where each parameter is, by its path."""
+    found = {
+        "embed/embedding": Stored(names=("model.embed_tokens.weight",)),
+        "norm/scale": Stored(names=("model.norm.weight",)),
+        "head/kernel": Stored(names=("lm_head.weight",), num_inputs=1),
+    }
+    for i in range(config.num_blocks):
+        ours, theirs = f"layers_{i}", f"model.layers.{i}"
+        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+        found |= {
+            f"{ours}/attention/norm/scale": Stored(names=(f"{theirs}.input_layernorm.weight",)),
+            f"{ours}/attention/query/kernel": _kernel(f"{attention}.q_proj"),
+            f"{ours}/attention/key/kernel": _kernel(f"{attention}.k_proj"),
+            f"{ours}/attention/value/kernel": _kernel(f"{attention}.v_proj"),
+            f"{ours}/attention/out/kernel": _kernel(f"{attention}.o_proj", num_inputs=2),
+            f"{ours}/mlp/norm/scale": Stored(names=(f"{theirs}.post_attention_layernorm.weight",)),
+            f"{ours}/mlp/gate/kernel": _kernel(f"{mlp}.gate_proj"),
+            f"{ours}/mlp/up/kernel": _kernel(f"{mlp}.up_proj"),
+            f"{ours}/mlp/down/kernel": _kernel(f"{mlp}.down_proj"),
+        }
+    return found
+
+
+def _kernel(name: str, *, num_inputs: int = 1) -> Stored:
+    return Stored(names=(f"{name}.weight",), num_inputs=num_inputs)

@@ -1,0 +1,49 @@
+"""How a parameter of ours is stored in a Hugging Face checkpoint."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where a parameter is in a checkpoint.
+
+    Attributes:
+      names: of the tensors; several are stacked along the first axis of the parameter (experts).
+      num_inputs: how many axes of a kernel (of one expert) are contracted, the first ones; it is
+        stored as a matrix (outputs, inputs). None: stored as it is.
+    """
+
+    names: tuple[str, ...]
+    num_inputs: int | None = None
+
+    def read(self, tensors: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+        """Return the parameter, of this shape, from the tensors of these names.
+
+        Raises:
+          ValueError: a tensor has another shape than the parameter asks for.
+        """
+        wanted = self.stored_shape(shape)
+        for name, tensor in zip(self.names, tensors, strict=True):
+            if tensor.shape != wanted:
+                raise ValueError(
+                    f"tensor {name!r} has shape {tensor.shape}, but the config asks for {wanted}"
+                )
+        matrices = tensors if self.num_inputs is None else [tensor.T for tensor in tensors]
+        return np.stack(matrices).reshape(shape)
+
+    def write(self, parameter: np.ndarray) -> list[np.ndarray]:
+        """Return the tensors of these names."""
+        wanted = self.stored_shape(parameter.shape)
+        parts = parameter.reshape(len(self.names), *(wanted[::-1] if self.num_inputs else wanted))
+        return [part.T if self.num_inputs else part for part in parts]
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of each tensor of a parameter of this shape."""
+        own = shape[1:] if len(self.names) > 1 else shape
+        if self.num_inputs is None:
+            return own
+        return math.prod(own[self.num_inputs :]), math.prod(own[: self.num_inputs])
