@@ -35,15 +35,16 @@ def attend(
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     if soft_cap is not None:
         return _attend_capped(q_BTNH, k_BSKH, v_BSKH, scale, window, soft_cap)
-    return jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BSKH,
-        v_BSKH,
-        scale=scale,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=_implementation(q_BTNH),
-    )
+    with jax.numpy_dtype_promotion("standard"):  # of 16 bits and 32, which JAX does in there
+        return jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            scale=scale,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation=_implementation(q_BTNH),
+        )
 
 
 def _implementation(q_BTNH: jax.Array) -> Literal["xla", "cudnn"]:
