@@ -1,4 +1,7 @@
-"""Eight CPU devices, strict promotion, and the quick tests first."""
+"""Eight CPU devices, strict promotion, the quick tests first, and nothing compiled twice."""
+
+import os
+import tempfile
 
 import jax
 import pytest
@@ -9,6 +12,25 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Parts of test names: what needs no jax runs first, what trains runs last, the rest between.
 FIRST = ("test_imports", "/plan/", "/schedules/", "/performance/", "/optimizer/")
 LAST = ("/experiments/", "test_readme")
+
+
+def pytest_configure(config):
+    """Keep what is compiled for this run: its workers and programs have much in common."""
+    if hasattr(config, "workerinput"):
+        return  # has it from the environment
+    config.compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+    settings = {
+        "jax_compilation_cache_dir": config.compiled.name,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        config.compiled.cleanup()
 
 
 def pytest_collection_modifyitems(items):

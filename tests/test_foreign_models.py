@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 import jaxptis
 from jaxptis.schedules import FAMILIES
@@ -31,32 +30,13 @@ CASES = [
 ]
 
 pytestmark = [
-    pytest.mark.usefixtures("compiled_once", "lenient"),
+    pytest.mark.usefixtures("lenient"),
     # What tunix 0.1.7 still uses of jax and flax.
     pytest.mark.filterwarnings("ignore:jax.experimental.shard_map is deprecated"),
     pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources is deprecated"),
     pytest.mark.filterwarnings("ignore:'sharding' is deprecated, use 'out_sharding'"),
     pytest.mark.filterwarnings("ignore:'.value' access is now deprecated"),
 ]
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Keep what is compiled: schedules and numbers of devices have programs in common."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from jaxptis.placement import Placement, aval_of
 from tests.random_plans import random_plan
 from tests.small_models import IN, WIDTH, assert_close, block, block_params, matrix, normal
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 NUM_MICROBATCHES = 3
 DEVICES = 4
 PLANS, CHUNKS = 200, 2
