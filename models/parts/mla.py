@@ -48,14 +48,15 @@ class Yarn:
 
     @property
     def score_scale(self) -> float:
-        """What the scores are multiplied by: both of query and key by this one's square root.
-
-        The temperature of section 3.4, with mscale before the logarithm as DeepSeek has it.
-        """
+        """What scores are multiplied by: section 3.4's temperature, its logarithm times mscale."""
         return (0.1 * self.mscale * math.log(self.factor) + 1) ** 2
 
     def slow_down(self, frequencies_P: jax.Array, rope_theta: float) -> jax.Array:
-        """Return the frequencies of section 3.2, whose ramp runs over whole pairs."""
+        """Return the frequencies of section 3.2 ("NTK-by-parts").
+
+        Between fast and slow, published code interpolates along the numbers of the pairs, not
+        along their turns as the paper does.
+        """
         num_pairs = frequencies_P.shape[0]
 
         def pair_turning(turns: float) -> float:
