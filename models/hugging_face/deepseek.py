@@ -1,0 +1,183 @@
+"""DeepSeek-V2-Lite and V3 as Hugging Face stores them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.deepseek import DeepSeekConfig
+from models.hugging_face.stored import Stored
+from models.parts.mla import Yarn
+
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+
+
+def read_config(stored: Mapping[str, Any], **types: Any) -> DeepSeekConfig:
+    """Return the config of a config.json; `types` are its dtype and param_dtype.
+
+    Raises:
+      ValueError: it asks for a routing or a YaRN that neither V2-Lite nor V3 has.
+    """
+    is_v3 = stored["model_type"] == "deepseek_v3"
+    # The published config.json of V3 has it, one that transformers writes may not.
+    method = stored.get("topk_method", "noaux_tc" if is_v3 else "greedy")
+    if method != ("noaux_tc" if is_v3 else "greedy") or stored["norm_topk_prob"] != is_v3:
+        raise ValueError(
+            f"experts of a {stored['model_type']} chosen by {method!r}, with norm_topk_prob "
+            f"{stored['norm_topk_prob']}, are not supported; V2-Lite has 'greedy' and false, V3 "
+            "'noaux_tc' and true"
+        )
+    return DeepSeekConfig(
+        vocab_size=stored["vocab_size"],
+        model_width=stored["hidden_size"],
+        mlp_width=stored["intermediate_size"],
+        num_blocks=stored["num_hidden_layers"],
+        num_dense_blocks=stored["first_k_dense_replace"],
+        num_heads=stored["num_attention_heads"],
+        query_rank=stored["q_lora_rank"],
+        kv_rank=stored["kv_lora_rank"],
+        plain_width=stored["qk_nope_head_dim"],
+        rotary_width=stored["qk_rope_head_dim"],
+        value_width=stored["v_head_dim"],
+        expert_width=stored["moe_intermediate_size"],
+        num_experts=stored["n_routed_experts"],
+        num_shared_experts=stored["n_shared_experts"],
+        experts_per_token=stored["num_experts_per_tok"],
+        scoring="sigmoid" if is_v3 else "softmax",
+        num_groups=stored["n_group"] if is_v3 else 1,
+        groups_per_token=stored["topk_group"] if is_v3 else 1,
+        routed_scale=stored["routed_scaling_factor"],
+        norm_epsilon=stored["rms_norm_eps"],
+        rope_theta=stored["rope_theta"],
+        yarn=_read_yarn(stored.get("rope_scaling")),
+        **types,
+    )
+
+
+def _read_yarn(stored: Mapping[str, Any] | None) -> Yarn | None:
+    if stored is None:
+        return None
+    kind = stored.get("type", stored.get("rope_type"))
+    if kind != "yarn":
+        raise ValueError(f"rotary positions scaled by {kind!r} are not supported; use 'yarn'")
+    # With two different ones, queries and keys would change in length where they are turned.
+    if stored.get("mscale") != stored.get("mscale_all_dim"):
+        raise ValueError(
+            f"YaRN with mscale {stored.get('mscale')} and mscale_all_dim "
+            f"{stored.get('mscale_all_dim')} is not supported; they have to be equal"
+        )
+    return Yarn(
+        factor=float(stored["factor"]),
+        original_positions=stored["original_max_position_embeddings"],
+        fast_turns=float(stored["beta_fast"]),
+        slow_turns=float(stored["beta_slow"]),
+        mscale=stored["mscale"],
+    )
+
+
+def write_config(config: DeepSeekConfig) -> dict[str, Any]:
+    """Return the config.json of a config."""
+    is_v3 = config.scoring == "sigmoid"
+    written: dict[str, Any] = {
+        "model_type": "deepseek_v3" if is_v3 else "deepseek_v2",
+        "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_blocks,
+        "first_k_dense_replace": config.num_dense_blocks,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "q_lora_rank": config.query_rank,
+        "kv_lora_rank": config.kv_rank,
+        "qk_nope_head_dim": config.plain_width,
+        "qk_rope_head_dim": config.rotary_width,
+        "v_head_dim": config.value_width,
+        "moe_intermediate_size": config.expert_width,
+        "moe_layer_freq": 1,
+        "n_routed_experts": config.num_experts,
+        "n_shared_experts": config.num_shared_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "scoring_func": config.scoring,
+        "topk_method": "noaux_tc" if is_v3 else "greedy",
+        "norm_topk_prob": is_v3,
+        "n_group": config.num_groups,
+        "topk_group": config.groups_per_token,
+        "routed_scaling_factor": config.routed_scale,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+    if config.yarn is not None:
+        written["rope_scaling"] = {
+            "type": "yarn",
+            "factor": config.yarn.factor,
+            "original_max_position_embeddings": config.yarn.original_positions,
+            "beta_fast": config.yarn.fast_turns,
+            "beta_slow": config.yarn.slow_turns,
+            "mscale": config.yarn.mscale,
+            "mscale_all_dim": config.yarn.mscale,
+        }
+        written["max_position_embeddings"] = int(
+            config.yarn.factor * config.yarn.original_positions
+        )
+    return written
+
+
+def stored_as(config: DeepSeekConfig) -> dict[str, Stored]:
+    """Return where each parameter is, by its path."""
+    found = {
+        "embed/embedding": Stored(names=("model.embed_tokens.weight",)),
+        "norm/scale": Stored(names=("model.norm.weight",)),
+        "head/kernel": _kernel("lm_head"),
+    }
+    for i in range(config.num_blocks):
+        ours, theirs = f"layers_{i}", f"model.layers.{i}"
+        norm = Stored(names=(f"{theirs}.post_attention_layernorm.weight",))
+        found |= _attention(config, f"{ours}/attention", theirs)
+        if i < config.num_dense_blocks:
+            found[f"{ours}/mlp/norm/scale"] = norm
+            found |= _mlp(f"{ours}/mlp", f"{theirs}.mlp")
+        else:
+            found[f"{ours}/experts/norm/scale"] = norm
+            found |= _experts(config, f"{ours}/experts", f"{theirs}.mlp")
+    return found
+
+
+def _attention(config: DeepSeekConfig, ours: str, block: str) -> dict[str, Stored]:
+    theirs = f"{block}.self_attn"
+    found = {
+        f"{ours}/norm/scale": Stored(names=(f"{block}.input_layernorm.weight",)),
+        f"{ours}/kv_down/kernel": _kernel(f"{theirs}.kv_a_proj_with_mqa"),
+        f"{ours}/kv_norm/scale": Stored(names=(f"{theirs}.kv_a_layernorm.weight",)),
+        f"{ours}/kv_up/kernel": _kernel(f"{theirs}.kv_b_proj"),
+        f"{ours}/out/kernel": _kernel(f"{theirs}.o_proj", num_inputs=2),
+    }
+    if config.query_rank is None:
+        return found | {f"{ours}/query/kernel": _kernel(f"{theirs}.q_proj")}
+    return found | {
+        f"{ours}/query_down/kernel": _kernel(f"{theirs}.q_a_proj"),
+        f"{ours}/query_norm/scale": Stored(names=(f"{theirs}.q_a_layernorm.weight",)),
+        f"{ours}/query_up/kernel": _kernel(f"{theirs}.q_b_proj"),
+    }
+
+
+def _experts(config: DeepSeekConfig, ours: str, theirs: str) -> dict[str, Stored]:
+    found = _mlp(f"{ours}/shared", f"{theirs}.shared_experts")
+    found[f"{ours}/router/kernel"] = _kernel(f"{theirs}.gate")
+    if config.scoring == "sigmoid":
+        found[f"{ours}/router/bias"] = Stored(names=(f"{theirs}.gate.e_score_correction_bias",))
+    for part in ("gate", "up", "down"):
+        names = [f"{theirs}.experts.{e}.{part}_proj" for e in range(config.num_experts)]
+        found[f"{ours}/routed/{part}"] = _kernel(*names)
+    return found
+
+
+def _mlp(ours: str, theirs: str) -> dict[str, Stored]:
+    return {
+        f"{ours}/{part}/kernel": _kernel(f"{theirs}.{part}_proj") for part in ("gate", "up", "down")
+    }
+
+
+def _kernel(*names: str, num_inputs: int = 1) -> Stored:
+    return Stored(names=tuple(f"{name}.weight" for name in names), num_inputs=num_inputs)
