@@ -213,16 +213,16 @@ SIZES: Mapping[str, GemmaConfig] = MappingProxyType(
             rope_slower=8.0,
         ),
         # Not published: learns bytes, yet has so large a vocabulary that the head has the share
-        # of the parameters that it has in the 2B, a fifth.
+        # of the parameters that it has in the 2B, a fifth, and more of them than a block.
         "tiny": GemmaConfig(
             generation=1,
             vocab_size=2048,
             model_width=128,
-            mlp_width=512,
-            num_blocks=4,
-            num_heads=4,
+            mlp_width=256,
+            num_blocks=6,
+            num_heads=6,
             num_kv_heads=1,
-            head_width=64,
+            head_width=32,
             dtype=jnp.float32,
         ),
     }
@@ -248,8 +248,9 @@ class Attention(nn.Module):
         v_BSKH = dense(c, "value", (c.num_kv_heads, c.head_width))(x_BTD)
         if c.generation == 3:
             q_BTNH, k_BSKH = _norm(c, "query_norm")(q_BTNH), _norm(c, "key_norm")(k_BSKH)
-        theta = (c.local_rope_theta if self.local else None) or c.rope_theta
-        slower = (None if self.local else c.rope_slower) or 1.0
+        theta, slower = c.rope_theta, c.rope_slower or 1.0
+        if self.local:  # which Gemma 2 turns as it does the global ones
+            theta, slower = c.local_rope_theta or c.rope_theta, 1.0
         out_BTNH = attend(
             rotate(q_BTNH, theta, slower=slower),
             rotate(k_BSKH, theta, slower=slower),

@@ -124,7 +124,7 @@ def test_logits_equal_those_of_transformers(generation):
     params, apply = read_params(config, tensors), jax.jit(Gemma(config).apply)
     tokens = reference.lm_head.weight.new_tensor(TOKENS_BT).long()
     expected = reference(tokens).logits.detach().numpy()
-    # The same float32 sums in another order; logits reach about 10.
+    # The same float32 sums in another order; logits reach about 7.
     np.testing.assert_allclose(apply(params, TOKENS_BT), expected, rtol=1e-4, atol=1e-4)
 
     # The last positions of the second row are padding, which no real position sees.
@@ -188,7 +188,7 @@ def test_files_that_ask_for_another_model_are_refused(key, value):
 
 
 def test_factors_before_the_head_give_the_logits():
-    model = Gemma(SMALL[1])
+    model = Gemma(dataclasses.replace(SMALL[1], num_blocks=0))  # the head is the same
     params = model.init(jax.random.key(0), TOKENS_BT)
     x_BTD, kernel_DV = model.apply(params, TOKENS_BT, before_head=True)
     np.testing.assert_array_equal(x_BTD @ kernel_DV, model.apply(params, TOKENS_BT))
