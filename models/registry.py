@@ -8,6 +8,7 @@ from typing import Any
 from flax import linen as nn
 
 from models import deepseek, llama2
+from models import gemma, llama2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Model:
 MODELS: Mapping[str, Model] = MappingProxyType(
     {
         "deepseek": Model(module=deepseek.DeepSeek, sizes=deepseek.SIZES),
+        "gemma": Model(module=gemma.Gemma, sizes=gemma.SIZES),
         "llama2": Model(module=llama2.Llama2, sizes=llama2.SIZES),
     }
 )

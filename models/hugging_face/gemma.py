@@ -1,0 +1,139 @@
+"""Gemma 1, 2 and 3 as Hugging Face stores them (of Gemma 3 the text model alone)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.gemma import GemmaConfig
+from models.hugging_face.stored import Stored
+
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")  # by generation, from 1
+_ARCHITECTURES = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
+
+
+def read_config(stored: Mapping[str, Any], **types: Any) -> GemmaConfig:
+    """Return the config of a config.json; `types` are its dtype and param_dtype.
+
+    The activation is not read: early files name another than the one trained with.
+
+    Raises:
+      ValueError: the file asks for what no Gemma of its generation has.
+    """
+    config = GemmaConfig(
+        generation=MODEL_TYPES.index(stored["model_type"]) + 1,
+        vocab_size=stored["vocab_size"],
+        model_width=stored["hidden_size"],
+        mlp_width=stored["intermediate_size"],
+        num_blocks=stored["num_hidden_layers"],
+        num_heads=stored["num_attention_heads"],
+        num_kv_heads=stored["num_key_value_heads"],
+        head_width=stored["head_dim"],
+        window=stored.get("sliding_window"),
+        query_pre_attn_scalar=stored.get("query_pre_attn_scalar"),
+        score_soft_cap=stored.get("attn_logit_softcapping"),
+        logit_soft_cap=stored.get("final_logit_softcapping"),
+        rope_theta=stored["rope_theta"],
+        local_rope_theta=stored.get("rope_local_base_freq"),
+        rope_slower=(stored.get("rope_scaling") or {}).get("factor"),
+        norm_epsilon=stored["rms_norm_eps"],
+        **types,
+    )
+    fixed = {
+        "layer_types": _layer_types(config),
+        "rope_scaling": _rope_scaling(config),
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "use_bidirectional_attention": False,
+    }
+    for key, value in fixed.items():
+        if stored.get(key, value) != value:
+            raise ValueError(
+                f"{key} is {stored[key]}, but Gemma {config.generation} is built with {value} only"
+            )
+    return config
+
+
+def write_config(config: GemmaConfig) -> dict[str, Any]:
+    """Return the config.json of a config."""
+    written = {
+        "model_type": MODEL_TYPES[config.generation - 1],
+        "architectures": [_ARCHITECTURES[config.generation - 1]],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_blocks,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_theta": config.rope_theta,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    }
+    if config.generation >= 2:
+        written |= {
+            "layer_types": _layer_types(config),
+            "sliding_window": config.window,
+            "query_pre_attn_scalar": config.query_pre_attn_scalar,
+            "attn_logit_softcapping": config.score_soft_cap,
+            "final_logit_softcapping": config.logit_soft_cap,
+        }
+    if config.generation >= 3:
+        written |= {
+            "rope_local_base_freq": config.local_rope_theta,
+            "rope_scaling": _rope_scaling(config),
+        }
+    return written
+
+
+def stored_as(config: GemmaConfig) -> dict[str, Stored]:
+    """Return where each parameter is, by its path."""
+    # Gemma 1 has no norm behind attention, and what is before its MLP is called "post_attention".
+    before_mlp = "post_attention" if config.generation == 1 else "pre_feedforward"
+    found = {
+        "embed/embedding": Stored(names=("model.embed_tokens.weight",)),
+        "norm/scale": Stored(names=("model.norm.weight",)),
+    }
+    for i in range(config.num_blocks):
+        ours, theirs = f"layers_{i}", f"model.layers.{i}"
+        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
+        found |= {
+            f"{ours}/attention/norm/scale": _scale(f"{theirs}.input_layernorm"),
+            f"{ours}/attention/query/kernel": _kernel(f"{attention}.q_proj"),
+            f"{ours}/attention/key/kernel": _kernel(f"{attention}.k_proj"),
+            f"{ours}/attention/value/kernel": _kernel(f"{attention}.v_proj"),
+            f"{ours}/attention/out/kernel": _kernel(f"{attention}.o_proj", num_inputs=2),
+            f"{ours}/mlp/norm/scale": _scale(f"{theirs}.{before_mlp}_layernorm"),
+            f"{ours}/mlp/gate/kernel": _kernel(f"{mlp}.gate_proj"),
+            f"{ours}/mlp/up/kernel": _kernel(f"{mlp}.up_proj"),
+            f"{ours}/mlp/down/kernel": _kernel(f"{mlp}.down_proj"),
+        }
+        if config.generation >= 2:
+            found |= {
+                f"{ours}/attention/post_norm/scale": _scale(f"{theirs}.post_attention_layernorm"),
+                f"{ours}/mlp/post_norm/scale": _scale(f"{theirs}.post_feedforward_layernorm"),
+            }
+        if config.generation >= 3:
+            found |= {
+                f"{ours}/attention/query_norm/scale": _scale(f"{attention}.q_norm"),
+                f"{ours}/attention/key_norm/scale": _scale(f"{attention}.k_norm"),
+            }
+    return found
+
+
+def _layer_types(config: GemmaConfig) -> list[str]:
+    local = map(config.is_local, range(config.num_blocks))
+    return ["sliding_attention" if it else "full_attention" for it in local]
+
+
+def _rope_scaling(config: GemmaConfig) -> dict[str, Any] | None:
+    slower = config.rope_slower
+    return None if slower is None else {"rope_type": "linear", "factor": slower}
+
+
+def _scale(name: str) -> Stored:
+    return Stored(names=(f"{name}.weight",))
+
+
+def _kernel(name: str, *, num_inputs: int = 1) -> Stored:
+    return Stored(names=(f"{name}.weight",), num_inputs=num_inputs)
