@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from models import llama2
+from models import llama2, nemotron_h
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,5 +19,8 @@ class Model:
 
 
 MODELS: Mapping[str, Model] = MappingProxyType(
-    {"llama2": Model(module=llama2.Llama2, sizes=llama2.SIZES)}
+    {
+        "llama2": Model(module=llama2.Llama2, sizes=llama2.SIZES),
+        "nemotron_h": Model(module=nemotron_h.NemotronH, sizes=nemotron_h.SIZES),
+    }
 )
