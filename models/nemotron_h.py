@@ -99,6 +99,7 @@ MIXERS: Mapping[str, tuple[str, type[nn.Module]]] = MappingProxyType(
 )
 
 
+# Of the checkpoints nvidia/Nemotron-H-{size}-Base-8K and nvidia/NVIDIA-Nemotron-{size}.
 _52_LAYERS = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 
 SIZES: Mapping[str, NemotronHConfig] = MappingProxyType(
