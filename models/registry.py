@@ -7,8 +7,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from models import deepseek, llama2
-from models import gemma, llama2
+from models import deepseek, gemma, llama2, nemotron_h
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,5 +23,6 @@ MODELS: Mapping[str, Model] = MappingProxyType(
         "deepseek": Model(module=deepseek.DeepSeek, sizes=deepseek.SIZES),
         "gemma": Model(module=gemma.Gemma, sizes=gemma.SIZES),
         "llama2": Model(module=llama2.Llama2, sizes=llama2.SIZES),
+        "nemotron_h": Model(module=nemotron_h.NemotronH, sizes=nemotron_h.SIZES),
     }
 )
