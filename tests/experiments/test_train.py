@@ -34,7 +34,7 @@ def test_training_writes_its_results(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "complaint"),
     [
-        ("--size=8B", "size"),
+        ("--size=8B", "the model has no such size; use 7B, 13B, 70B, tiny"),
         ("--num_devices=0", "num_devices"),
         ("--batch_size=5", "num_microbatches does not divide batch_size"),
         ("--json_output=/no/such/folder/results.json", "its folder does not exist"),
