@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from models.parts.dense import dense
+from models.parts.head import Head
 from models.parts.mla import Yarn, latent_attention
 from models.parts.mlp import gated_mlp
 from models.parts.moe import Routed, Router, Shared
@@ -211,18 +212,6 @@ class Block(nn.Module):
         if self.is_dense:
             return x_BTD + MLP(self.config, name="mlp")(x_BTD)
         return x_BTD + Experts(self.config, name="experts")(x_BTD)
-
-
-class Head(nn.Module):
-    """Holds the kernel (D, V) that maps the residual stream to logits."""
-
-    config: DeepSeekConfig
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        c = self.config
-        shape = (c.model_width, c.vocab_size)
-        return self.param("kernel", nn.initializers.lecun_normal(), shape, c.param_dtype)
 
 
 class DeepSeek(nn.Module):

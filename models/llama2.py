@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from models.parts.attention import attend
 from models.parts.dense import dense
+from models.parts.head import Head
 from models.parts.mlp import gated_mlp
 from models.parts.norm import RMSNorm
 from models.parts.rope import rotate
@@ -128,18 +129,6 @@ class Block(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD += Attention(self.config, name="attention")(x_BTD)
         return x_BTD + MLP(self.config, name="mlp")(x_BTD)
-
-
-class Head(nn.Module):
-    """Holds the kernel (D, V) that maps the residual stream to logits."""
-
-    config: Llama2Config
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        c = self.config
-        shape = (c.model_width, c.vocab_size)
-        return self.param("kernel", nn.initializers.lecun_normal(), shape, c.param_dtype)
 
 
 class Llama2(nn.Module):

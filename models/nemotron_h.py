@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from models.parts.attention import attend
 from models.parts.dense import dense
+from models.parts.head import Head
 from models.parts.mamba import Mamba
 from models.parts.norm import RMSNorm
 
@@ -203,18 +204,6 @@ class Layer(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         name, mixer = MIXERS[self.letter]
         return x_BTD + mixer(self.config, name=name)(x_BTD)
-
-
-class Head(nn.Module):
-    """Holds the kernel (D, V) that maps the residual stream to logits."""
-
-    config: NemotronHConfig
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        c = self.config
-        shape = (c.model_width, c.vocab_size)
-        return self.param("kernel", nn.initializers.lecun_normal(), shape, c.param_dtype)
 
 
 class NemotronH(nn.Module):
