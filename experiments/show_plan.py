@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models import MODELS, next_token_loss
-from passes import PROGRAM_PASSES
+from passes import PROGRAM_PASSES, jaxprs
 from passes.layers import LayerGraph, find_layers
 from passes.runner import Dump, run
 from passes.trace import trace
@@ -61,7 +61,7 @@ def find(model: str, size: str) -> LayerGraph:
 
 def report(graph: LayerGraph, console: Console) -> None:
     """Prints the number of layers and of parameters, and both of each layer."""
-    sizes = [math.prod(v.aval.shape) for v in graph.program.param_vars]
+    sizes = [math.prod(jaxprs.shape_of(v)) for v in graph.program.param_vars]
     table = Table("layer", "name", "parameters", box=None)
     for index, layer in enumerate(graph.layers):
         table.add_row(str(index), layer.name, f"{sum(sizes[p] for p in layer.params):,}")
