@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from passes import jaxprs
 from passes.jaxprs import JaxprEqn, Var
+from passes.join_params import join_params
 from passes.origins import BOTH, Origin, find_origins
 from passes.program import Program
 from passes.waists import Dataflow, Waist
@@ -76,9 +77,17 @@ class LayerGraph:
 def find_layers(program: Program) -> LayerGraph:
     """Cut a program at its narrow waists.
 
+    A leaf of the parameters is whole again if one layer reads all its slices.
+
     Raises:
       ValueError: no value depends on both the parameters and the batch.
     """
+    graph = _cut(program)
+    joined = join_params(program, [layer.params for layer in graph.layers])
+    return graph if joined is program else _cut(joined)
+
+
+def _cut(program: Program) -> LayerGraph:
     origins = find_origins(program)
     eqns = program.jaxpr.eqns
     # A loss that is light all through has no activations; then it is one layer.
