@@ -32,9 +32,12 @@ SEQUENCE_LENGTH = flags.DEFINE_integer(
 )
 
 
-@flags.multi_flags_validator(["model", "size"], "the model has no such size; see --help")
+@flags.multi_flags_validator(["model", "size"])
 def _has_size(values: dict[str, Any]) -> bool:
-    return values["size"] in MODELS[values["model"]].sizes
+    sizes = MODELS[values["model"]].sizes
+    if values["size"] not in sizes:
+        raise flags.ValidationError(f"the model has no such size; use {', '.join(sizes)}")
+    return True
 
 
 def main(argv: list[str]) -> None:

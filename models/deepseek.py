@@ -196,8 +196,9 @@ class Experts(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         x_BTD = RMSNorm(c, name="norm")(x_BTD)
-        routed_BTD = Routed(c, name="routed")(x_BTD, *Router(c, name="router")(x_BTD))
-        return routed_BTD + Shared(c, name="shared")(x_BTD)
+        choice_BTC, weights_BTC = Router(c, name="router")(x_BTD)
+        shared_BTD = Shared(c, name="shared")(x_BTD)
+        return shared_BTD + Routed(c, name="routed")(x_BTD, choice_BTC, weights_BTC)
 
 
 class Block(nn.Module):

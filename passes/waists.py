@@ -12,7 +12,7 @@ inside of them.
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from passes import jaxprs
 from passes.jaxprs import Jaxpr, JaxprEqn, Literal, Var
@@ -58,6 +58,7 @@ class Dataflow:
             self._add(eqn, origins, numbers, position)
         self._owners = [step.owner for step in self._steps]
         self._live = list(_live_for_work(self._steps))
+        self._anchors: dict[int, int] = {}
         self._held = list(self._anchored())
 
     @property
@@ -117,7 +118,7 @@ class Dataflow:
 
     def _anchored(self) -> Iterator[dict[int, int]]:
         """Yield, after each step, the values that are held, and the bytes of each."""
-        anchors: dict[int, int] = {}
+        anchors = self._anchors
         for step, live in zip(self._steps, self._live, strict=True):
             sources = {anchors[v] for v in step.reads}
             follows = len(sources) == 1 and not step.is_heavy
@@ -132,12 +133,28 @@ class Dataflow:
         held = self._held[here]
         passing = held.keys() & self._held[last].keys() if last is not None else set()
         total = sum(held.values())
+        if last is not None and self._is_wide_branch(here, last, passing):
+            return False
         # One stream beside what passes by is a common sight; several must stand out more.
         needed = total / 4 if len(held) - len(passing) <= 1 else total
         wide = _bytes_without(held, passing) + needed
         start = -1 if last is None else last
         sides = range(here - 1, start, -1), range(here + 1, len(self._held))
         return all(self._widens(side, passing, total, wide) for side in sides)
+
+    def _is_wide_branch(self, here: int, last: int, passing: Set[int]) -> bool:
+        """Whether what does not pass by comes only from what does, and is larger.
+
+        So is what experts hold between their matmuls, beside the residual stream.
+        """
+        held = self._held[here]
+        if _bytes_without(held, passing) <= sum(held[v] for v in passing):
+            return False
+        others = {v for v in self._live[last] if self._anchors[v] not in passing}
+        for step in self._steps[last + 1 : here + 1]:
+            if not step.reads or not others.isdisjoint(step.reads):
+                others.update(step.makes)
+        return others.isdisjoint(v for v in self._live[here] if self._anchors[v] not in passing)
 
     def _widens(self, side: range, passing: set[int], total: int, wide: float) -> bool:
         """Whether, going along `side`, what does not pass by is `wide` before all is < `total`."""
@@ -149,7 +166,7 @@ class Dataflow:
         return False
 
 
-def _bytes_without(held: dict[int, int], passing: set[int]) -> int:
+def _bytes_without(held: dict[int, int], passing: Set[int]) -> int:
     return sum(nbytes for v, nbytes in held.items() if v not in passing)
 
 

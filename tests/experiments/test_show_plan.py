@@ -14,7 +14,8 @@ def show_plan(*arguments):
     [
         # The layers of the pattern, the embedding and the head; the published number of parameters.
         ("nemotron_h", "56B", "120 layers, 56,324,350,464 parameters"),
-        # Two layers a block, the embedding and the head.
+        # Two layers a block, the embedding and the head: 61 and 80 blocks.
+        ("deepseek", "V3", "124 layers, 671,026,419,200 parameters"),
         ("llama2", "70B", "162 layers, 68,976,648,192 parameters"),
     ],
 )
@@ -30,4 +31,4 @@ def test_the_largest_models_are_not_allocated(model, size, first_lines):
 def test_a_size_of_another_model_is_named():
     run = show_plan("--model=llama2", "--size=56B")
     assert run.returncode != 0
-    assert "the model has no such size" in run.stderr + run.stdout
+    assert "the model has no such size; use 7B, 13B, 70B, tiny" in run.stderr + run.stdout

@@ -108,6 +108,36 @@ def test_attention_and_mlp_are_layers_of_their_own():
     assert params(graph)[-1] == {"norm/scale", "head/kernel"}
 
 
+def test_the_matmuls_of_experts_belong_together():
+    """Narrow between them, as the experts' rows are wider than their hidden values."""
+    num_experts, num_chosen = 8, 6
+
+    def experts(block, x):
+        chosen = jax.lax.top_k(x @ block["router"], num_chosen)[1].reshape(-1)
+        order = jnp.argsort(chosen)
+        sizes = jnp.bincount(chosen, length=num_experts)
+        hidden = jax.nn.relu(jax.lax.ragged_dot(x[order // num_chosen], block["up"], sizes))
+        rows = jax.lax.ragged_dot(hidden, block["down"], sizes)
+        return rows[jnp.argsort(order)].reshape(-1, num_chosen, WIDTH).sum(axis=1)
+
+    def loss(p, ids):
+        x = p["embedding"][ids].reshape(-1, WIDTH)
+        for block in p["blocks"]:
+            x = x + experts(block, x)
+        return cross_entropy(x @ p["head"], ids.reshape(-1))
+
+    blocks = [
+        {
+            "router": array(WIDTH, num_experts),
+            "up": array(num_experts, WIDTH, WIDTH // 4),
+            "down": array(num_experts, WIDTH // 4, WIDTH),
+        }
+        for _ in range(2)
+    ]
+    graph = layers_of(loss, {**language_model(), "blocks": blocks}, tokens())
+    assert names(graph) == ["embedding", "blocks/0", "blocks/1", "head"]
+
+
 def test_an_auxiliary_loss_is_carried_along():
     def loss(p, ids):
         x, extra = p["embedding"][ids], jnp.float32(0)
