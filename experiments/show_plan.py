@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from models import MODELS, next_token_loss
+from models import MODELS
 from passes import PROGRAM_PASSES, jaxprs
 from passes.layers import LayerGraph, find_layers
 from passes.runner import Dump, run
@@ -49,16 +49,17 @@ def main(argv: list[str]) -> None:
 
 def find(model: str, size: str) -> LayerGraph:
     """Returns the layers of a microbatch's loss."""
-    module = MODELS[model].module(MODELS[model].sizes[size])
+    config = MODELS[model].sizes[size]
+    module, loss = MODELS[model].module(config), MODELS[model].loss(config)
     apply: Callable[..., Any] = module.apply
 
-    def loss(params: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        return next_token_loss(functools.partial(apply, {"params": params}), batch)
+    def loss_fn(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return loss(functools.partial(apply, {"params": params}), batch)
 
     shape = (MICROBATCH_SIZE.value, SEQUENCE_LENGTH.value + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
-    program, _ = trace(loss, params, {"tokens": tokens}, has_aux=False)
+    program, _ = trace(loss_fn, params, {"tokens": tokens}, has_aux=True)
     return find_layers(run(program, PROGRAM_PASSES, Dump(None)))
 
 

@@ -48,8 +48,12 @@ def linen_recipe(module: linen.Module, loss: Loss) -> Recipe:
             if made:
                 return module.apply(made[0], *args, rngs=rngs, **kwargs)
             streams = {"params": key, **(rngs if isinstance(rngs, dict) else {})}
+            # What a call may change, beside the parameters, is not made with them.
+            changes = {"mutable": kwargs.pop("mutable")} if "mutable" in kwargs else {}
             out, variables = module.init_with_output(streams, *args, **kwargs)
             made.append(variables)
+            if changes:
+                return module.apply(variables, *args, rngs=rngs, **kwargs, **changes)
             return out
 
         loss(model, batch)

@@ -4,15 +4,16 @@ Shapes: B batch, T positions, D model width, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from models.loss import cross_entropy
 from models.parts.dense import dense
 from models.parts.head import Head
 from models.parts.mla import Yarn, latent_attention
@@ -28,6 +29,7 @@ class DeepSeekConfig:
     The first num_dense_blocks have an MLP of mlp_width, the others a mixture of experts. A head
     has queries and keys of plain_width, which know no positions, and of rotary_width, and values
     of value_width; queries are compressed to query_rank (None: not), keys and values to kv_rank.
+    With after_next, a further block predicts the token after the next.
     """
 
     vocab_size: int
@@ -52,6 +54,7 @@ class DeepSeekConfig:
     norm_epsilon: float = 1e-6
     rope_theta: float = 10_000.0
     yarn: Yarn | None = None
+    after_next: bool = False
     dtype: DTypeLike = jnp.bfloat16
     param_dtype: DTypeLike = jnp.float32
 
@@ -139,6 +142,7 @@ SIZES: Mapping[str, DeepSeekConfig] = MappingProxyType(
             groups_per_token=4,
             routed_scale=2.5,
             yarn=Yarn(factor=40.0, original_positions=4096),
+            after_next=True,
         ),
         # Not published: over bytes, and small enough to learn in a minute on two CPU cores.
         "tiny": DeepSeekConfig(
@@ -160,6 +164,7 @@ SIZES: Mapping[str, DeepSeekConfig] = MappingProxyType(
             scoring="sigmoid",
             num_groups=4,
             groups_per_token=2,
+            after_next=True,
             dtype=jnp.float32,
         ),
     }
@@ -219,23 +224,40 @@ class DeepSeek(nn.Module):
     """Maps tokens (B, T), integers below V, to the logits (B, T, V) of the token after each.
 
     With before_head, returns the factors of the logits: hidden states (B, T, D), kernel (D, V).
+    With after_next, returns two such results: the second, of T - 1 positions, is of the token
+    after the next. Only a config with after_next has it.
     """
 
     config: DeepSeekConfig
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, *, before_head: bool = False
-    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        self, tokens_BT: jax.Array, *, before_head: bool = False, after_next: bool = False
+    ) -> Any:
         c = self.config
-        x_BTD = nn.Embed(
+        if after_next and not c.after_next:
+            raise ValueError(
+                "this config has no block that predicts the token after the next; call without "
+                "after_next, or set after_next in the config"
+            )
+        embed = nn.Embed(
             c.vocab_size, c.model_width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed"
-        )(tokens_BT)
+        )
+        x_BTD = embed(tokens_BT)
         for i in range(c.num_blocks):
             x_BTD = Block(c, is_dense=i < c.num_dense_blocks, name=f"layers_{i}")(x_BTD)
         x_BTD = RMSNorm(c, name="norm")(x_BTD)
         kernel_DV = Head(c, name="head")()
-        return (x_BTD, kernel_DV) if before_head else x_BTD @ kernel_DV.astype(c.dtype)
+
+        def result(x_BTD: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
+            return (x_BTD, kernel_DV) if before_head else x_BTD @ kernel_DV.astype(c.dtype)
+
+        # Initialization makes its parameters whatever the call asks for.
+        if not after_next and not (c.after_next and self.is_initializing()):
+            return result(x_BTD)
+        further = TokenAfterNext(c, name="after_next")
+        x_after_BTD = further(x_BTD[:, :-1], embed(tokens_BT[:, 1:]))
+        return (result(x_BTD), result(x_after_BTD)) if after_next else result(x_BTD)
 
 
 class TokenAfterNext(nn.Module):
@@ -255,3 +277,39 @@ class TokenAfterNext(nn.Module):
         halves = RMSNorm(c, name="next_norm")(next_BTD), RMSNorm(c, name="hidden_norm")(x_BTD)
         x_BTD = dense(c, "join", c.model_width)(jnp.concatenate(halves, axis=-1))
         return RMSNorm(c, name="norm")(Block(c, is_dense=False, name="block")(x_BTD))
+
+
+def training_loss(
+    model: Callable[..., Any],
+    batch: Mapping[str, jax.Array],
+    *,
+    balance_weight: float,
+    after_next_weight: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what DeepSeek is trained on, and next_token_loss, its first term, by itself.
+
+    Added to it are the balance losses of all layers with experts, and the cross-entropy of the
+    tokens after the next, each with its weight (arXiv 2412.19437, equations 17 and 25). The biases
+    of routers have the gradients that `steer_biases` reads.
+
+    Args:
+        model: `DeepSeek.apply` with parameters bound.
+        batch: "tokens", integers (B, T + 1) as for next_token_loss; T is 2 or more.
+        balance_weight: 0.001 for V2-Lite, 0.0001 for V3.
+        after_next_weight: 0.3 for most of V3's training, then 0.1; 0 does not call the block.
+    """
+    tokens = batch["tokens"]
+    after_next = after_next_weight != 0
+    out, sown = model(
+        tokens[:, :-1], before_head=True, after_next=after_next, mutable=["losses", "loads"]
+    )
+    # From the factors, so that the logits of one loss are gone before those of the other are made.
+    main, *further = (
+        cross_entropy(x_BTD @ kernel_DV.astype(x_BTD.dtype), tokens[:, first:]).mean()
+        for first, (x_BTD, kernel_DV) in enumerate(out if after_next else (out,), start=1)
+    )
+    balance, loads = (sum(jax.tree.leaves(sown.get(name))) for name in ("losses", "loads"))
+    loss = main + balance_weight * balance + loads
+    for value in further:
+        loss += after_next_weight * value
+    return loss, main

@@ -31,9 +31,13 @@ def next_token_loss(
     if head_slices != 1:
         x_BTD, kernel_DV = model(inputs_BT, before_head=True)
         return sliced_cross_entropy(x_BTD, kernel_DV, targets_BT, head_slices).mean()
-    log_probs_BTV = jax.nn.log_softmax(model(inputs_BT).astype(jnp.float32))
-    target_log_probs_BT1 = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)
-    return -target_log_probs_BT1.mean()
+    return cross_entropy(model(inputs_BT), targets_BT).mean()
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Returns the cross-entropy (B, T) of targets, integers below V, in nats and float32."""
+    log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
+    return -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
 
 
 def sliced_cross_entropy(

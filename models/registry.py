@@ -1,26 +1,66 @@
 """Every model that experiments can name, with its published sizes."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
+import optax
 from flax import linen as nn
 
 from models import deepseek, gemma, llama2, nemotron_h
+from models.loss import next_token_loss
+from models.parts.moe import steer_biases
+
+# Maps a model with its parameters bound, and a batch, to what is minimized and to next_token_loss.
+Loss = Callable[[Callable[..., Any], Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]
+
+
+def _plain_loss(config: Any) -> Loss:
+    def loss(
+        model: Callable[..., Any], batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        value = next_token_loss(model, batch)
+        return value, value
+
+    return loss
+
+
+def _deepseek_loss(config: deepseek.DeepSeekConfig) -> Loss:
+    return functools.partial(
+        deepseek.training_loss,
+        balance_weight=1e-4 if config.scoring == "sigmoid" else 1e-3,
+        after_next_weight=0.3 if config.after_next else 0.0,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A module class, called with a config, and the configs it was published with."""
+    """How to build and train a family.
+
+    Attributes:
+      module: called with a config.
+      sizes: the configs it was published with, by name.
+      loss: maps a config to what it was trained on.
+      steer: maps an optimizer to one that also takes the steps that have no gradient.
+    """
 
     module: type[nn.Module]
     sizes: Mapping[str, Any]
+    loss: Callable[[Any], Loss] = _plain_loss
+    steer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda it: it
 
 
 MODELS: Mapping[str, Model] = MappingProxyType(
     {
-        "deepseek": Model(module=deepseek.DeepSeek, sizes=deepseek.SIZES),
+        "deepseek": Model(
+            module=deepseek.DeepSeek,
+            sizes=deepseek.SIZES,
+            loss=_deepseek_loss,
+            steer=steer_biases,
+        ),
         "gemma": Model(module=gemma.Gemma, sizes=gemma.SIZES),
         "llama2": Model(module=llama2.Llama2, sizes=llama2.SIZES),
         "nemotron_h": Model(module=nemotron_h.NemotronH, sizes=nemotron_h.SIZES),

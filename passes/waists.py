@@ -159,9 +159,12 @@ class Dataflow:
     def _widens(self, side: range, passing: set[int], total: int, wide: float) -> bool:
         """Whether, going along `side`, what does not pass by is `wide` before all is < `total`."""
         for step in side:
-            if sum(self._held[step].values()) < total:
+            # A head is wide, although its logits may be only on their way out.
+            leaving = [v for v in self._steps[step].makes if v not in self._live[step]]
+            out = sum(self._sizes[v] for v in leaving) if self._steps[step].is_heavy else 0
+            if sum(self._held[step].values()) + out < total:
                 return False
-            if _bytes_without(self._held[step], passing) >= wide:
+            if _bytes_without(self._held[step], passing) + out >= wide:
                 return True
         return False
 

@@ -5,10 +5,12 @@ C experts chosen for a token, G groups of experts, L groups chosen for a token, 
 of a group, A = B * T * C assignments of a token to an expert.
 """
 
-from typing import Literal, Protocol
+import functools
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
 from models.parts.dense import Types
@@ -88,7 +90,8 @@ class Router(nn.Module):
     (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16). No gradient reaches the bias.
     Both are multiplied by routed_scale.
 
-    Sows "balance" into "losses" if these are mutable: see balance_loss.
+    Sows "balance", balance_loss, into "losses" if these are mutable; and with a bias "excess" into
+    "loads", which is 0 and whose gradient is what steer_biases reads.
     """
 
     config: MixtureConfig
@@ -109,6 +112,8 @@ class Router(nn.Module):
             choice_BTC = _choose_in_groups(c, scores_BTE + bias_E.astype(jnp.float32))
             weights_BTC = jnp.take_along_axis(scores_BTE, choice_BTC, axis=-1)
             weights_BTC /= weights_BTC.sum(axis=-1, keepdims=True)
+            if self.is_mutable_collection("loads") and not self.is_initializing():
+                self.sow("loads", "excess", _excess_load(choice_BTC, bias_E))
         # Initialization makes every collection mutable, and should return parameters only.
         if self.is_mutable_collection("losses") and not self.is_initializing():
             self.sow("losses", "balance", balance_loss(scores_BTE, c.experts_per_token))
@@ -126,6 +131,37 @@ def _choose_in_groups(config: MixtureConfig, scores_BTE: jax.Array) -> jax.Array
     # Not 0, which is above the score of an expert with a bias far below 0.
     scores_BTGX = jnp.where(chosen_BTG[..., None], scores_BTGX, -jnp.inf)
     return jax.lax.top_k(scores_BTGX.reshape(scores_BTE.shape), c.experts_per_token)[1]
+
+
+def _excess_load(choice_BTC: jax.Array, bias_E: jax.Array) -> jax.Array:
+    """Returns 0, with the gradient (E,): choices of each expert beyond an even share, times E.
+
+    Whole numbers, so that those of microbatches add up to 0 where a share is even.
+    """
+    num_experts = bias_E.shape[0]
+    counts_E = jnp.bincount(choice_BTC.reshape(-1), length=num_experts)
+    excess_E = (counts_E * num_experts - choice_BTC.size).astype(jnp.float32)
+    bias_E = bias_E.astype(jnp.float32)
+    return (excess_E * (bias_E - jax.lax.stop_gradient(bias_E))).sum()
+
+
+def steer_biases(
+    optimizer: optax.GradientTransformation, speed: float = 1e-3
+) -> optax.GradientTransformation:
+    """Returns an optimizer that steps the biases of routers by `speed` against their loads.
+
+    Those of overloaded experts fall, the others rise (DeepSeek-V3, arXiv 2412.19437, section
+    2.1.2). All other parameters are left to `optimizer`.
+    """
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        is_bias = jax.tree_util.keystr(path, simple=True, separator="/").endswith("router/bias")
+        return "bias" if is_bias else "other"
+
+    return optax.partition(
+        {"bias": optax.sign_sgd(speed), "other": optimizer},
+        functools.partial(jax.tree_util.tree_map_with_path, label),
+    )
 
 
 def apply_experts(

@@ -6,13 +6,14 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
-from models.deepseek import SIZES, Block, DeepSeek, TokenAfterNext
+from models.deepseek import SIZES, Block, DeepSeek, TokenAfterNext, training_loss
 from models.hugging_face import deepseek as hugging_face
 from models.parts.mla import Yarn
-from models.parts.moe import Router, apply_experts, balance_loss
+from models.parts.moe import Router, apply_experts, balance_loss, steer_biases
 from passes.jaxprs import count_primitives
 
 V3 = dataclasses.replace(
@@ -27,6 +28,7 @@ V3 = dataclasses.replace(
     value_width=10,
     expert_width=20,
     routed_scale=2.5,
+    after_next=False,
 )
 V2 = dataclasses.replace(
     V3,
@@ -57,7 +59,9 @@ def shapes(config):
 
 
 def count(config):
-    return sum(math.prod(shape) for shape in shapes(config).values())
+    """Parameters of the main model, as they are published."""
+    main = (shape for path, shape in shapes(config).items() if not path.startswith("after_next/"))
+    return sum(map(math.prod, main))
 
 
 def reference(config):
@@ -371,8 +375,80 @@ def test_the_token_after_the_next_sees_the_next(compiled_quickly):
 
 
 def test_the_published_token_after_the_next_has_about_the_published_size():
-    x_BTD = jax.ShapeDtypeStruct((1, 8, SIZES["V3"].model_width), jnp.bfloat16)
-    params = jax.eval_shape(TokenAfterNext(SIZES["V3"]).init, jax.random.key(0), x_BTD, x_BTD)
-    found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    sizes = {path: math.prod(shape) for path, shape in shapes(SIZES["V3"]).items()}
+    found = sum(size for path, size in sizes.items() if path.startswith("after_next/"))
     # Published in three digits, which are those of its block alone; with what joins, 11.6.
     assert found == pytest.approx(11.5e9, rel=0.01)
+
+
+AFTER_NEXT = dataclasses.replace(V3, num_blocks=2, after_next=True)
+
+
+def random_model(config):
+    """Parameters, every one moved off its initial value, and apply with them."""
+    model = DeepSeek(config)
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS_BT)["params"]
+    params = jax.tree.map(lambda x: np.asarray(x) + RNG.normal(size=x.shape) / 8, params)
+    params = jax.tree.map(np.float32, params)
+    return params, functools.partial(model.apply, {"params": params})
+
+
+def test_two_tokens_are_predicted_from_one_embedding_and_one_head(compiled_quickly):
+    params, apply = random_model(AFTER_NEXT)
+    logits_BTV, after_BTV = apply(TOKENS_BT, after_next=True)
+    (x_BTD, kernel_DV), (after_BTD, same_DV) = apply(TOKENS_BT, before_head=True, after_next=True)
+    np.testing.assert_array_equal(apply(TOKENS_BT), logits_BTV)
+    np.testing.assert_array_equal(same_DV, kernel_DV)
+    np.testing.assert_allclose(x_BTD @ kernel_DV, logits_BTV, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after_BTD @ kernel_DV, after_BTV, rtol=1e-5, atol=1e-5)
+    next_BTD = params["embed"]["embedding"][TOKENS_BT[:, 1:]]
+    alone = TokenAfterNext(AFTER_NEXT).apply(
+        {"params": params["after_next"]}, x_BTD[:, :-1], next_BTD
+    )
+    np.testing.assert_allclose(after_BTD, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_without_it_predicts_no_token_after_the_next():
+    with pytest.raises(ValueError, match="no block that predicts the token after the next"):
+        jax.eval_shape(
+            functools.partial(DeepSeek(V3).init, after_next=True), jax.random.key(0), TOKENS_BT
+        )
+
+
+def test_the_training_loss_adds_up_its_terms(compiled_quickly):
+    _, apply = random_model(AFTER_NEXT)
+    batch = {"tokens": TOKENS_BT}
+    loss, main = training_loss(apply, batch, balance_weight=0.5, after_next_weight=0.25)
+    (logits_BTV, after_BTV), sown = apply(TOKENS_BT[:, :-1], after_next=True, mutable=["losses"])
+
+    def mean_cross_entropy(logits_BTV, targets_BT):
+        log_probs_BTV = jax.nn.log_softmax(np.asarray(logits_BTV))
+        return -np.mean([log_probs_BTV[b, t, v] for (b, t), v in np.ndenumerate(targets_BT)])
+
+    np.testing.assert_allclose(main, mean_cross_entropy(logits_BTV, TOKENS_BT[:, 1:]), rtol=1e-5)
+    further = mean_cross_entropy(after_BTV, TOKENS_BT[:, 2:])
+    (in_layers_1,) = sown["losses"]["layers_1"]["experts"]["router"]["balance"]
+    (in_after_next,) = sown["losses"]["after_next"]["block"]["experts"]["router"]["balance"]
+    expected = main + 0.25 * further + 0.5 * (in_layers_1 + in_after_next)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_biases_step_against_the_load_of_their_experts():
+    x_BTD, params = routing_case(V3)
+
+    def loads(params):
+        sown = Router(V3).apply({"params": params}, x_BTD, mutable=["loads"])[1]
+        return sown["loads"]["excess"][0]
+
+    choice_BTC, _ = Router(V3).apply({"params": params}, x_BTD)
+    counts_E = np.bincount(np.ravel(choice_BTC), minlength=V3.num_experts)
+    excess_E = V3.num_experts * counts_E - np.size(choice_BTC)
+    assert set(np.sign(excess_E)) >= {-1, 1}
+    gradients = {"router": jax.grad(loads)(params), "bias": np.float32([1.0])}
+    np.testing.assert_array_equal(gradients["router"]["bias"], excess_E)
+
+    optimizer = steer_biases(optax.sgd(2.0), speed=0.5)
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients))
+    np.testing.assert_allclose(updates["router"]["bias"], -0.5 * np.sign(excess_E))
+    np.testing.assert_array_equal(updates["router"]["kernel"], -2.0 * gradients["router"]["kernel"])
+    np.testing.assert_array_equal(updates["bias"], -2.0)  # of no router

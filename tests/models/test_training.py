@@ -8,12 +8,11 @@ import optax
 import pytest
 
 import jaxptis
-from models import MODELS, next_token_loss
+from models import MODELS
 from tests.small_models import assert_close
 
 NUM_STEPS = 10
 B, T = 8, 7  # T is no multiple of a chunk
-OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 STRATEGIES = ("1f1b", "interleaved", "zb-h1")
 
 pytestmark = pytest.mark.usefixtures("lenient", "compiled_quickly")
@@ -25,18 +24,23 @@ def batches(vocab_size):
     return [{"tokens": tokens} for tokens in random.integers(0, vocab_size, shape, np.int32)]
 
 
+def optimizer(name):
+    return MODELS[name].steer(optax.sgd(0.1, momentum=0.9))
+
+
 @functools.cache
 def plain_step(name):
-    module = MODELS[name].module(MODELS[name].sizes["tiny"])
+    model, config = MODELS[name], MODELS[name].sizes["tiny"]
+    module, loss = model.module(config), model.loss(config)
 
     @jax.jit
     def step(params, opt_state, batch):
         def loss_fn(params):
-            return next_token_loss(functools.partial(module.apply, {"params": params}), batch)
+            return loss(functools.partial(module.apply, {"params": params}), batch)
 
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = OPTIMIZER.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state, loss
+        (value, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer(name).update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, {"loss": value, "aux": aux}
 
     return step
 
@@ -45,17 +49,20 @@ def plain_step(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_ten_steps_equal_plain_ones(name, strategy):
     model = MODELS[name]
-    pipeline = jaxptis.pipeline(num_microbatches=4, devices=jax.devices()[:2], strategy=strategy)
-    trainer = pipeline(model.module)(model.sizes["tiny"]).trainer(
-        loss=next_token_loss, optimizer=OPTIMIZER
+    config = model.sizes["tiny"]
+    pipeline = jaxptis.pipeline(
+        num_microbatches=4, devices=jax.devices()[:2], strategy=strategy, has_aux=True
     )
-    data = batches(model.sizes["tiny"].vocab_size)
+    trainer = pipeline(model.module)(config).trainer(
+        loss=model.loss(config), optimizer=optimizer(name)
+    )
+    data = batches(config.vocab_size)
     state = trainer.init(jax.random.key(0), data[0])
     params = jax.device_get(state.params)
-    opt_state = OPTIMIZER.init(params)
+    opt_state = optimizer(name).init(params)
     for batch in data:
         state, metrics = trainer.step(state, batch)
-        params, opt_state, loss = plain_step(name)(params, opt_state, batch)
+        params, opt_state, expected = plain_step(name)(params, opt_state, batch)
         # Sums in float32, in another order; the differences grow with the steps.
-        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        assert_close(metrics, expected, rtol=1e-5)
     assert_close(state.params, params, rtol=1e-5)
