@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,6 +114,7 @@ class Compiled:
         homes, copies = iter(self.pipeline.homes), []
         for leaf, pieces in zip(params, self.cuts.pieces, strict=True):
             copies += self._copy(leaf, pieces, list(itertools.islice(homes, len(pieces))))
+            gc.collect(0)  # until when JAX keeps the NumPy arrays that it has copied
         return self.cuts.join(copies)
 
     def _copy(self, leaf: Any, pieces: Pieces, homes: Sequence[Homes]) -> list[Any]:

@@ -1,21 +1,35 @@
 """DeepSeek-V2-Lite and V3 as Hugging Face stores them."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from models.deepseek import DeepSeekConfig
+from models.hugging_face.fixed import check_fixed
 from models.hugging_face.stored import Stored
 from models.parts.mla import Yarn
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+UNREAD = (r"model\.layers\.61\..*",)  # what predicts a further token in V3, which has 61 blocks
+
+# What a config.json can say otherwise, and our model cannot.
+FIXED: Mapping[str, Any] = MappingProxyType(
+    {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "moe_layer_freq": 1,
+        "tie_word_embeddings": False,
+    }
+)
 
 
 def read_config(stored: Mapping[str, Any], **types: Any) -> DeepSeekConfig:
     """Return the config of a config.json; `types` are its dtype and param_dtype.
 
     Raises:
-      ValueError: it asks for a routing or a YaRN that neither V2-Lite nor V3 has.
+      ValueError: it asks for what neither V2-Lite nor V3 has, in routing or in YaRN, say.
     """
+    check_fixed(stored, FIXED)
     is_v3 = stored["model_type"] == "deepseek_v3"
     # The published config.json of V3 has it, one that transformers writes may not.
     method = stored.get("topk_method", "noaux_tc" if is_v3 else "greedy")
@@ -92,7 +106,6 @@ def write_config(config: DeepSeekConfig) -> dict[str, Any]:
         "qk_rope_head_dim": config.rotary_width,
         "v_head_dim": config.value_width,
         "moe_intermediate_size": config.expert_width,
-        "moe_layer_freq": 1,
         "n_routed_experts": config.num_experts,
         "n_shared_experts": config.num_shared_experts,
         "num_experts_per_tok": config.experts_per_token,
@@ -105,8 +118,7 @@ def write_config(config: DeepSeekConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
+        **FIXED,
     }
     if config.yarn is not None:
         written["rope_scaling"] = {
