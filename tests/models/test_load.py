@@ -16,9 +16,10 @@ from flax import traverse_util
 
 import jaxptis
 from models import MODELS, next_token_loss
-from models.load import Parameter, load, parameter_types
+from models.load import load, parameter_types
 from models.save import save
 from tests.models import small
+from tests.noted import Noted
 
 pytestmark = pytest.mark.usefixtures("lenient", "compiled_quickly")
 
@@ -202,27 +203,6 @@ def test_the_host_holds_one_leaf_at_a_time(deep, tmp_path):
         peak, _ = transient_bytes(save, tmp_path / "saved", module, what)
         assert peak < 2.5 * LARGEST
         assert_equal(read(load(tmp_path / "saved").params), params)
-
-
-@dataclasses.dataclass
-class Noted:
-    """A leaf that takes note of every time it is read."""
-
-    leaf: Parameter
-    path: str
-    seen: list[str]
-
-    @property
-    def shape(self):
-        return self.leaf.shape
-
-    @property
-    def dtype(self):
-        return self.leaf.dtype
-
-    def __array__(self, dtype=None, copy=None):
-        self.seen.append(self.path)
-        return np.asarray(self.leaf, dtype)
 
 
 @pytest.mark.parametrize("head_slices", [1, 2])
