@@ -5,6 +5,8 @@ import gc
 import json
 import math
 import shutil
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -373,6 +375,23 @@ def test_what_cannot_be_saved_is_said(deep, tmp_path):
         "  norm/scale is missing",
         "  the model has no gain",
     ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_leaf_that_no_process_holds_whole_is_not_saved(tmp_path):
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "experiments.launch", "--num_processes=2", "--"),
+            *("tests.models.spread_program", f"--save_to={tmp_path}/saved"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    complaint = "head/kernel is spread over processes, of which none holds all of it"
+    assert launched.stdout.count(complaint) == 2
+    assert launched.stdout.count("is spread") == 2  # the head alone
     assert not list(tmp_path.iterdir())
 
 
