@@ -65,9 +65,9 @@ def load(
 ) -> Checkpoint:
     """Open a Hugging Face checkpoint: config.json, and one safetensors file or several.
 
-    The names, shapes and types of all tensors are checked, and no values are read: a leaf of the
-    parameters is read when it is turned into an array. The trainer of a pipeline, by `init_from`,
-    does so leaf by leaf, in the processes whose devices hold it. For the plain module:
+    The names, shapes and types of all tensors are checked, and no values are read: each leaf of the
+    parameters is read when it is turned into an array. What places them leaf by leaf never has the
+    whole model in its memory. For the plain module:
 
         model = load(folder)
         params = jax.tree.map(jnp.asarray, model.params)
@@ -80,7 +80,8 @@ def load(
 
     Raises:
       ValueError: the config.json is of no model that we have; a file is missing or broken; tensors
-        are missing, unknown, or of other shapes than the config asks for (all are named).
+        are missing, unknown, of another shape than the config asks for, or of a type that is not
+        read (forty are named).
     """
     folder = pathlib.Path(folder)
     model, config = _read_config(folder / CONFIG, dtype=dtype, param_dtype=param_dtype)
@@ -92,7 +93,7 @@ def load(
         *(
             f"nothing reads {name}"
             for name in sorted(unread)
-            if not any(re.fullmatch(pattern, name) for pattern in model.hugging_face.UNREAD)
+            if not any(re.fullmatch(known, name) for known in model.hugging_face.UNREAD)
         ),
     ]
     if wrong:

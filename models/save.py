@@ -31,8 +31,8 @@ def save(
 ) -> None:
     """Write a Hugging Face checkpoint: config.json, and one safetensors file or several.
 
-    The host holds one leaf at a time. All is written to a folder beside, with ".partial" behind its
-    name, which becomes `folder` when it is complete.
+    The host holds one leaf at a time, and one tensor of it in the order of the file. All is written
+    to a folder beside, with ".partial" behind its name, which becomes `folder` when it is complete.
 
     With several processes all of them make this call, and see the folder. Each leaf is written by
     the first of those that hold it. No two write to one file: the files are numbered through, those
@@ -55,34 +55,17 @@ def save(
     model = next((model for model in MODELS.values() if isinstance(module, model.module)), None)
     if model is None:
         raise ValueError(f"{type(module).__name__} is none of the models {', '.join(MODELS)}")
-    config = module.config
     leaves = traverse_util.flatten_dict(params, sep="/")
     _check(leaves, parameter_types(module))
-    stored = model.hugging_face.stored_as(config)
+    stored = model.hugging_face.stored_as(module.config)
     writers = {path: min(_holders(leaves[path])) for path in stored}
     files = _plan(stored, leaves, writers, shard_bytes)
-
-    me = jax.process_index()
-    partial = folder.with_name(f"{folder.name}.partial")
-    if me == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
-        partial.mkdir(parents=True)
-    multihost_utils.sync_global_devices(f"{partial} is there")
-    tensors = _tensors({path: stored[path] for path in stored if writers[path] == me}, leaves)
-    for file in files:
-        if file.process == me:
-            own = itertools.islice(tensors, len(file.types))
-            write_tensors(partial / file.name, file.types, own)
-    multihost_utils.sync_global_devices(f"{partial} has all tensors")
-    if me == 0:
-        dtype = np.dtype(leaves["embed/embedding"].dtype).name
-        _write_json(
-            partial / CONFIG, model.hugging_face.write_config(config) | {"torch_dtype": dtype}
-        )
-        if len(files) > 1:
-            _write_json(partial / INDEX, _index(files))
-        partial.rename(folder)
-    multihost_utils.sync_global_devices(f"{folder} is there")
+    own = {path: stored[path] for path in stored if writers[path] == jax.process_index()}
+    dtype = np.dtype(leaves["embed/embedding"].dtype).name
+    texts = {CONFIG: model.hugging_face.write_config(module.config) | {"torch_dtype": dtype}}
+    if len(files) > 1:
+        texts[INDEX] = _index(files)
+    _write(folder, files, _tensors(own, leaves), texts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,12 +149,33 @@ def _on_host(leaf: Any) -> np.ndarray:
     return np.asarray(leaf.addressable_data(0) if replicated else leaf)
 
 
+def _write(
+    folder: pathlib.Path,
+    files: Sequence[_File],
+    tensors: Iterator[np.ndarray],
+    texts: Mapping[str, Any],
+) -> None:
+    """Write the files of this process, which `tensors` are for, and in process 0 the JSON files."""
+    me = jax.process_index()
+    partial = folder.with_name(f"{folder.name}.partial")
+    if me == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
+        partial.mkdir(parents=True)
+    multihost_utils.sync_global_devices("the folder is there")
+    for file in files:
+        if file.process == me:
+            own = itertools.islice(tensors, len(file.types))
+            write_tensors(partial / file.name, file.types, own)
+    multihost_utils.sync_global_devices("all tensors are written")
+    if me == 0:
+        for name, content in texts.items():
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        partial.rename(folder)
+    multihost_utils.sync_global_devices("the checkpoint is complete")
+
+
 def _index(files: Sequence[_File]) -> dict[str, Any]:
     """Return which tensor is in which file."""
     size = sum(nbytes(each) for file in files for each in file.types.values())
     places = {name: file.name for file in files for name in file.types}
     return {"metadata": {"total_size": size}, "weight_map": places}
-
-
-def _write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
