@@ -374,10 +374,10 @@ def test_what_cannot_be_saved_is_said(deep, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_leaf_that_no_process_holds_whole_is_not_saved(tmp_path):
+def test_a_leaf_that_processes_share_is_read_by_these_and_not_saved(tmp_path):
     launched = subprocess.run(
         [
-            *(sys.executable, "-m", "experiments.launch", "--num_processes=2", "--"),
+            *(sys.executable, "-m", "experiments.launch", "--num_processes=3", "--"),
             *("tests.models.spread_program", f"--save_to={tmp_path}/saved"),
         ],
         capture_output=True,
@@ -385,9 +385,13 @@ def test_a_leaf_that_no_process_holds_whole_is_not_saved(tmp_path):
         timeout=300,
     )
     assert launched.returncode == 0, launched.stdout + launched.stderr
+    lines = launched.stdout.splitlines()
+    read = [path for line in lines if "] read:" in line for path in line.split(": ")[1].split()]
+    module = MODELS["llama2"].module(small.LLAMA2)
+    assert sorted(read) == sorted([*parameter_types(module), "head/kernel"])
     complaint = "head/kernel is spread over processes, of which none holds all of it"
-    assert launched.stdout.count(complaint) == 2
-    assert launched.stdout.count("is spread") == 2  # the head alone
+    assert launched.stdout.count(complaint) == 3
+    assert launched.stdout.count("is spread") == 3  # the head alone
     assert not list(tmp_path.iterdir())
 
 
