@@ -1,10 +1,10 @@
 """Trains a model, as a pipeline, on the source of Python's standard library.
 
 python -m experiments.train --model=llama2 --size=tiny --num_devices=4 --strategy=1f1b
+python -m experiments.train --load=llama-2-7b --tokenizer=llama-2-7b/tokenizer.json --save=trained
 python -m experiments.launch --num_processes=4 -- experiments.train --num_devices=4  # one each
 """
 
-import dataclasses
 import json
 import pathlib
 import statistics
@@ -17,12 +17,15 @@ import optax
 from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import jaxptis
 from experiments import distributed
-from experiments.stdlib_bytes import load_corpus, sample_batch, spread_batches
-from models import MODELS, next_token_loss
+from experiments.corpus import Corpus, as_bytes, load_corpus, sample_batch, spread_batches
+from experiments.report import History, report
+from experiments.tokenizer import read_tokenizer
+from models import MODELS, Model
+from models.load import load
+from models.save import save
 
 SIZES = sorted({size for model in MODELS.values() for size in model.sizes})
 NUM_EVALUATIONS = 10
@@ -30,6 +33,15 @@ NUM_EVALUATION_BATCHES = 4
 
 MODEL = flags.DEFINE_enum("model", "llama2", sorted(MODELS), "What to train.")
 SIZE = flags.DEFINE_enum("size", "tiny", SIZES, "Which of the model's sizes.")
+LOAD = flags.DEFINE_string(
+    "load", None, "Folder of a Hugging Face checkpoint to go on from, in place of a model and size."
+)
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "A Hugging Face tokenizer.json; by default every byte is a token."
+)
+SAVE = flags.DEFINE_string(
+    "save", None, "New folder for what comes of the model, as a Hugging Face checkpoint."
+)
 NUM_DEVICES = flags.DEFINE_integer("num_devices", 4, "Devices in the pipeline.", lower_bound=1)
 NUM_MICROBATCHES = flags.DEFINE_integer(
     "num_microbatches", 8, "Parts that each batch is cut into.", lower_bound=1
@@ -40,7 +52,7 @@ STRATEGY = flags.DEFINE_string(
 NUM_STEPS = flags.DEFINE_integer("num_steps", 200, "Steps to train for.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Sequences in a batch.", lower_bound=1)
 SEQUENCE_LENGTH = flags.DEFINE_integer(
-    "sequence_length", 128, "Bytes predicted in each sequence.", lower_bound=1
+    "sequence_length", 128, "Tokens predicted in each sequence.", lower_bound=1
 )
 LEARNING_RATE = flags.DEFINE_float(
     "learning_rate", 3e-3, "Peak of warm-up and cosine decay.", lower_bound=0.0
@@ -52,6 +64,9 @@ JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the settings an
 SETTINGS = (
     MODEL,
     SIZE,
+    LOAD,
+    TOKENIZER,
+    SAVE,
     NUM_DEVICES,
     NUM_MICROBATCHES,
     STRATEGY,
@@ -72,6 +87,13 @@ def _has_size(values: dict[str, Any]) -> bool:
 
 
 @flags.multi_flags_validator(
+    ["load", "model", "size"], "the checkpoint of --load says which model; drop --model and --size"
+)
+def _says_it_once(values: dict[str, Any]) -> bool:
+    return values["load"] is None or not (MODEL.present or SIZE.present)
+
+
+@flags.multi_flags_validator(
     ["batch_size", "num_microbatches"],
     "num_microbatches does not divide batch_size; change one to make it a divisor",
 )
@@ -84,13 +106,10 @@ def _has_folder(path: str | None) -> bool:
     return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class History:
-    """The training loss and the seconds of every step, and (step, loss) of every evaluation."""
-
-    losses: tuple[float, ...]
-    eval_losses: tuple[tuple[int, float], ...]
-    step_s: tuple[float, ...]
+@flags.validator("save", "it exists and is not empty; name a new folder")
+def _is_free(folder: str | None) -> bool:
+    path = pathlib.Path(folder or "")
+    return folder is None or not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def main(argv: list[str]) -> None:
@@ -98,23 +117,48 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
     devices = distributed.join(NUM_DEVICES.value)
-    model = MODELS[MODEL.value]
+    model, module, params = make_model()
+    corpus = load_corpus(as_bytes if TOKENIZER.value is None else read_tokenizer(TOKENIZER.value))
+    check_vocabulary(corpus, module.config.vocab_size)
     pipeline = jaxptis.pipeline(
         num_microbatches=NUM_MICROBATCHES.value,
         devices=devices,
         strategy=STRATEGY.value,
+        has_aux=True,
         dump_to=DUMP_TO.value,
     )
-    trainer = pipeline(model.module)(model.sizes[SIZE.value]).trainer(
-        loss=next_token_loss, optimizer=make_optimizer(LEARNING_RATE.value, NUM_STEPS.value)
+    optimizer = make_optimizer(LEARNING_RATE.value, NUM_STEPS.value)
+    trainer = pipeline(type(module))(module.config).trainer(
+        loss=model.loss(module.config), optimizer=model.steer(optimizer)
     )
     first = jax.process_index() == 0  # which writes for all
     console = Console(quiet=not first)
-    history = train(trainer, console)
-    report(trainer, history, console)
+    params, history = train(trainer, params, corpus, console)
+    report(trainer, history, corpus, console)
+    if SAVE.value is not None:
+        save(SAVE.value, module, params)
     if JSON_OUTPUT.value is not None and first:
-        results = to_json(trainer, history)
+        results = to_json(trainer, history, corpus)
         pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def make_model() -> tuple[Model, Any, Any]:
+    """Returns the family, the module, and its parameters if it is loaded, or None."""
+    if LOAD.value is not None:
+        checkpoint = load(LOAD.value)
+        return checkpoint.model, checkpoint.module, checkpoint.params
+    model = MODELS[MODEL.value]
+    return model, model.module(model.sizes[SIZE.value]), None
+
+
+def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
+    """Raises a ValueError if the model does not know some token of the corpus."""
+    last = max(corpus.training.max(), corpus.evaluation.max())
+    if last >= vocab_size:
+        raise ValueError(
+            f"the text has token {last}, but the model knows {vocab_size} tokens, from 0 on; give "
+            "--tokenizer the tokenizer.json of the model"
+        )
 
 
 def make_optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
@@ -129,59 +173,57 @@ def make_optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransf
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
 
-def train(trainer: jaxptis.Trainer, console: Console) -> History:
-    """Trains for --num_steps steps, and evaluates ten times on the way."""
-    corpus, rng = load_corpus(), np.random.default_rng(SEED.value)
+def train(
+    trainer: jaxptis.Trainer, params: Any, corpus: Corpus, console: Console
+) -> tuple[Any, History]:
+    """Trains for --num_steps steps, and evaluates ten times on the way.
+
+    Args:
+        trainer: of the model.
+        params: to go on from; None to begin anew.
+        corpus: to train and to evaluate on.
+        console: to show losses.
+
+    Returns:
+        The parameters, where the trainer has them, and what happened.
+    """
+    rng = np.random.default_rng(SEED.value)
     size = {"batch_size": BATCH_SIZE.value, "sequence_length": SEQUENCE_LENGTH.value}
     held_out = spread_batches(corpus.evaluation, NUM_EVALUATION_BATCHES, **size)
     steps_between = max(1, NUM_STEPS.value // NUM_EVALUATIONS)
     losses, eval_losses, step_s = [], [], []
-    state = trainer.init(jax.random.key(SEED.value), held_out[0])
+    state = (
+        trainer.init(jax.random.key(SEED.value), held_out[0])
+        if params is None
+        else trainer.init_from(params, held_out[0])
+    )
     with Progress(console=console) as bar:
         task = bar.add_task("compiling", total=NUM_STEPS.value)
         for step in range(1, NUM_STEPS.value + 1):
             batch = sample_batch(corpus.training, rng, **size)
             start_s = time.perf_counter()
             state, metrics = trainer.step(state, batch)
-            losses.append(float(metrics["loss"]))
+            losses.append(float(metrics["aux"]))
             step_s.append(time.perf_counter() - start_s)
             if step % steps_between == 0 or step == NUM_STEPS.value:
                 eval_loss = statistics.mean(
-                    float(trainer.evaluate(state, batch)["loss"]) for batch in held_out
+                    float(trainer.evaluate(state, batch)["aux"]) for batch in held_out
                 )
                 eval_losses.append((step, eval_loss))
                 bar.print(f"step {step:4}  loss {losses[-1]:.3f}  evaluation {eval_loss:.3f}")
             bar.update(task, completed=step, description=f"loss {losses[-1]:.3f}")
-    return History(losses=tuple(losses), eval_losses=tuple(eval_losses), step_s=tuple(step_s))
+    history = History(losses=tuple(losses), eval_losses=tuple(eval_losses), step_s=tuple(step_s))
+    return state.params, history
 
 
-def report(trainer: jaxptis.Trainer, history: History, console: Console) -> None:
-    """Prints the losses, the time of a step, the plan, and each device's share of the work."""
-    console.print(
-        f"\ntraining loss {history.losses[-1]:.3f} nats a byte",
-        f"evaluation loss {history.eval_losses[-1][1]:.3f} nats a byte",
-        f"step {statistics.median(history.step_s) * 1e3:.1f} ms (median)",
-        f"\n{trainer.plan}",
-        sep="\n",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    busy_s = trainer.timeline.busy_s
-    shares = Table("device", "layers", "first", "last", "share of the predicted work", box=None)
-    for device, seconds in enumerate(busy_s):
-        layers = [n for s in trainer.plan.stages if s.device == device for n in s.layers]
-        share = f"{seconds / sum(busy_s):.1%}"
-        shares.add_row(str(device), str(len(layers)), layers[0], layers[-1], share)
-    console.print(shares)
-
-
-def to_json(trainer: jaxptis.Trainer, history: History) -> dict[str, Any]:
+def to_json(trainer: jaxptis.Trainer, history: History, corpus: Corpus) -> dict[str, Any]:
     """Returns the settings, by the names of their flags, and the results."""
+    unused = () if LOAD.value is None else ("model", "size")
     return {
-        "settings": {flag.name: flag.value for flag in SETTINGS},
+        "settings": {flag.name: flag.value for flag in SETTINGS if flag.name not in unused},
         "losses": history.losses,
         "eval_losses": history.eval_losses,
+        "bytes_per_token": corpus.bytes_per_token,
         "step_s": statistics.median(history.step_s),
         "plan": str(trainer.plan),
         "num_compilations": trainer.num_compilations,

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gc
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from jaxptis.executor.memory import DeviceMemory
 from jaxptis.executor.stage_tasks import KINDS, stage_program_name
 from jaxptis.parts import Cuts, flatten, is_parts
 from jaxptis.placement import Placement, aval_of
+from passes.boxes import Pieces, sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,24 @@ class Compiled:
                 structure=structure,
             )
         return self._training[optimizer]
+
+    def copy(self, params: Sequence[Any]) -> list[Any]:
+        """Return copies of the leaves of the parameters in place, made one after the other."""
+        homes, copies = iter(self.pipeline.homes), []
+        for leaf, pieces in zip(params, self.cuts.pieces, strict=True):
+            copies += self._copy(leaf, pieces, list(itertools.islice(homes, len(pieces))))
+            gc.collect(0)  # until when JAX keeps the NumPy arrays that it has copied
+        return self.cuts.join(copies)
+
+    def _copy(self, leaf: Any, pieces: Pieces, homes: Sequence[Homes]) -> list[Any]:
+        """Return copies of the parts of a leaf; what it is read into on the host is then free."""
+        placement = Placement(homes, self._compiler.devices)
+        aval = aval_of(leaf)
+        if placement.is_local:
+            parts = Cuts([pieces], [aval.shape]).cut([leaf])
+        else:  # of other processes: its parts need no values here
+            parts = [jax.ShapeDtypeStruct(sizes(box), aval.dtype) for box in pieces]
+        return jax.block_until_ready(placement.put(parts, copy=True))
 
     def memory(self) -> tuple[DeviceMemory, ...]:
         """Return the memory of the step used last, from its instructions; all of them count."""

@@ -39,10 +39,10 @@ class Parts:
         return len(self.shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Return the leaf, put together on the host."""
+        """Return the leaf, put together on the host; no copy of a part stays there."""
         array = np.empty(self.shape, self.dtype)
-        for box, part in zip(self.boxes, jax.device_get(self.arrays), strict=True):
-            array[_index(box)] = part
+        for box, part in zip(self.boxes, self.arrays, strict=True):
+            array[_index(box)] = part.addressable_data(0) if isinstance(part, jax.Array) else part
         return array if dtype is None else array.astype(dtype)
 
     def __repr__(self) -> str:

@@ -14,11 +14,11 @@ from jaxptis.processes import is_local
 
 
 def aval_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Return the type of a leaf, as JAX will see it."""
+    """Return the type of a leaf, as JAX will see it; with a shape and a dtype it is not read."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Parts):
         weak = getattr(leaf, "weak_type", False)  # keys and parts have no such attribute
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
-    value = np.asarray(leaf)
+    value = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else np.asarray(leaf)
     return jax.ShapeDtypeStruct(
         value.shape,
         jax.dtypes.canonicalize_dtype(value.dtype),
@@ -43,8 +43,17 @@ class Placement:
         """How many copies all leaves have together."""
         return sum(0 if each is None else each.num_devices for each in self._shardings)
 
-    def put(self, leaves: Sequence[Any]) -> list[Any]:
+    @property
+    def is_local(self) -> bool:
+        """Whether this process has any of the copies."""
+        return any(self._local)
+
+    def put(self, leaves: Sequence[Any], *, copy: bool = False) -> list[Any]:
         """Return the leaves as arrays on their homes; None for a leaf without one.
+
+        Args:
+          leaves: arrays, or what NumPy makes arrays of.
+          copy: whether also a leaf that is in place is copied.
 
         Raises:
           ValueError: a leaf is needed here, but other processes have it.
@@ -54,12 +63,13 @@ class Placement:
         for i, (leaf, sharding) in enumerate(zip(leaves, self._shardings, strict=True)):
             if sharding is None:
                 moved[i] = None
-            elif not isinstance(leaf, jax.Array) or leaf.sharding != sharding:
+            elif copy or not isinstance(leaf, jax.Array) or leaf.sharding != sharding:
                 wrong.append(i)
         if wrong:
             needed = {i: _readable(leaves[i]) for i in wrong if self._local[i]}
             targets = {i: self._local[i] for i in needed}
-            copies = jax.device_put({i: [needed[i]] * len(targets[i]) for i in needed}, targets)
+            sources = {i: [needed[i]] * len(targets[i]) for i in needed}
+            copies = jax.device_put(sources, targets, may_alias=False if copy else None)
             for i in wrong:
                 sharding, aval = self._shardings[i], aval_of(leaves[i])
                 assert sharding is not None

@@ -12,7 +12,7 @@ from jaxptis.executor import holdings
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.executable import Executable
 from jaxptis.flax_models import split_nnx
-from jaxptis.parts import Cuts, flatten
+from jaxptis.parts import flatten
 from jaxptis.placement import Placement
 
 
@@ -67,23 +67,16 @@ class TrainStep:
         """Return the first state, with copies of `params`; compiles the step.
 
         Args:
-          params: as in `Pipelined.value_and_grad`.
+          params: as in `Pipelined.value_and_grad`. A leaf may also be any object with a shape, a
+            dtype and `__array__`, such as a tensor in a file: it is read by the processes whose
+            devices hold it, or a part of it, and dropped again before the next is read.
           batch: a batch, or the types of its leaves.
         """
         graphdef = model_state = None
         if isinstance(params, nnx.Module):
             graphdef, params, model_state = split_nnx(params)
         call = self._call(graphdef, params, model_state, batch)
-        compiled = call.compiled
-        parts = compiled.cuts.cut(call.params)  # here, so that no device is sent a whole leaf
-        copies = make_on_devices(
-            self._pipelined.compiler,
-            lambda x: x,
-            [parts],
-            compiled.pipeline.homes,
-            Cuts.of(parts),
-        )
-        params = jax.tree.unflatten(call.structure, compiled.cuts.join(copies))
+        params = jax.tree.unflatten(call.structure, call.compiled.copy(call.params))
         return self.start(graphdef, params, model_state, batch)
 
     def start(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> TrainState:

@@ -3,12 +3,14 @@
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
 from jaxptis.call import CompiledStage, make_on_devices
 from jaxptis.executor.memory import DeviceMemory
 from jaxptis.flax_models import Recipe
+from jaxptis.parts import is_parts
 from jaxptis.performance import Timeline
 from jaxptis.pipelined import Pipelined
 from jaxptis.plan import Plan
@@ -67,6 +69,34 @@ class Trainer:
         params = jax.tree.unflatten(call.structure, leaves)
         return self._step.start(graphdef, params, model_state, batch)
 
+    def init_from(self, params: Any, batch: Any) -> TrainState:
+        """Plan and compile for batches like `batch`, and return the first state, of `params`.
+
+        Every parameter is copied to its own devices, one after the other, and its part of the
+        optimizer's state is made there.
+
+        Args:
+          params: what `init` of the linen module returns as "params". A leaf may be any object with
+            a shape, a dtype and `__array__`, such as a tensor in a file: it is read by the
+            processes whose devices hold it, and dropped again before the next is read.
+          batch: a pytree of arrays.
+
+        Raises:
+          ValueError: the model has other parameters, or of other shapes; or it is an nnx model.
+        """
+        wanted = (
+            None
+            if isinstance(self._model, nnx.Module)
+            else jax.eval_shape(self._model.params, jax.random.key(0), batch)
+        )
+        if wanted is None or isinstance(wanted, nnx.State):
+            raise ValueError(
+                "init_from is for linen modules; an nnx model brings its parameters: nnx.update it "
+                "with yours, and call init(None, batch) of its own trainer"
+            )
+        _check_like(params, wanted)
+        return self._step.init(params, batch)
+
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Take a step, consuming `state`; returns the next and the metrics, "loss" and "aux"."""
         return self._step(state, batch)
@@ -109,3 +139,29 @@ class Trainer:
     def host_s_per_task(self) -> float:
         """Seconds the host took to issue a task; see `TrainStep`."""
         return self._step.host_s_per_task
+
+
+def _check_like(params: Any, wanted: Any) -> None:
+    """Raise a ValueError unless the leaves of two pytrees have the same paths and shapes."""
+    ours, theirs = _shapes(wanted), _shapes(params)
+    wrong = [
+        *(f"{path} is missing" for path in ours.keys() - theirs.keys()),
+        *(f"the model has no {path}" for path in theirs.keys() - ours.keys()),
+        *(
+            f"{path} has shape {theirs[path]}, in the model {ours[path]}"
+            for path in ours.keys() & theirs.keys()
+            if ours[path] != theirs[path]
+        ),
+    ]
+    if wrong:
+        raise ValueError(
+            f"these are not the parameters of this model: {'; '.join(sorted(wrong))}; pass a tree "
+            "like module.init(...)['params']"
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_parts)
+    }

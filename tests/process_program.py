@@ -20,6 +20,7 @@ from absl import app, flags
 import jaxptis
 from experiments import distributed
 from jaxptis import processes
+from tests.noted import Noted
 from tests.random_plans import random_plan
 from tests.small_models import OUT, WIDTH, block, make_batch, make_params, normal
 
@@ -60,8 +61,12 @@ def run(devices, strategy, failure=None):
     )
     params = {"embedding": normal(7, OUT, WIDTH), "blocks": make_params(6)["blocks"]}
     step = pipelined.train_step(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)))
-    state = step.init(params, make_batch())
-    read = {}
+    seen = []
+    lazy = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: Noted(leaf, jax.tree_util.keystr(path), seen), params
+    )
+    state = step.init(lazy, make_batch())
+    read = {f"initial{name}": str(seen.count(name)) for name in seen}
     for i in range(NUM_STEPS):
         if failure == "killed" and i == 1:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -49,6 +49,7 @@ def test_results_are_those_of_one_process(count, strategy, embeddings, tmp_path)
     assert union == in_one_process(strategy)
     for name, holders in ("['embedding']", embeddings), ("['blocks'][3]['up']", 1):
         assert sum(f"state.params{name}" in each for each in read) == holders
+        assert [each.get(f"initial{name}", "0") for each in read].count("1") == holders
         assert sum(f"gradient[1]{name}" in each for each in read) == 1
 
 

@@ -463,3 +463,25 @@ def test_keys_of_a_trainer():
     trainer = model.trainer(loss=model_loss, optimizer=optax.sgd(0.1))
     with pytest.raises(ValueError, match=r"has its parameters; call init\(None, batch\)"):
         trainer.init(jax.random.key(0), make_batch())
+
+
+def test_parameters_of_another_model():
+    trainer = make_pipelined(LinenDense)().trainer(loss=model_loss, optimizer=optax.sgd(0.1))
+    wrong = {
+        "Dense_0": {"kernel": jnp.ones((OUT, WIDTH)), "bias": jnp.ones(OUT)},
+        "Dense_1": {"kernel": jnp.ones((IN, WIDTH)), "scale": jnp.ones(WIDTH)},
+    }
+    with pytest.raises(ValueError) as raised:
+        trainer.init_from(wrong, make_batch())
+    assert str(raised.value) == (
+        "these are not the parameters of this model: Dense_0/kernel has shape (2, 16), in the "
+        "model (16, 2); Dense_1/bias is missing; the model has no Dense_1/scale; pass a tree like "
+        "module.init(...)['params']"
+    )
+    trainers = [
+        make_pipelined(NnxNew).trainer(loss=model_loss, optimizer=optax.sgd(0.1)),
+        make_pipelined(NnxNew)(rngs=nnx.Rngs(0)).trainer(loss=model_loss, optimizer=optax.sgd(0.1)),
+    ]
+    for trainer in trainers:
+        with pytest.raises(ValueError, match="init_from is for linen modules; an nnx model brings"):
+            trainer.init_from(wrong, make_batch())

@@ -1,21 +1,37 @@
 """DeepSeek-V2-Lite and V3 as Hugging Face stores them."""
 
+import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from models.deepseek import DeepSeekConfig
+from models.hugging_face.fixed import check_fixed
 from models.hugging_face.stored import Stored
 from models.parts.mla import Yarn
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+# Copies of the main model's in the block that predicts the token after the next.
+UNREAD = (r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight",)
+
+# What a config.json can say otherwise, and our model cannot.
+FIXED: Mapping[str, Any] = MappingProxyType(
+    {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "moe_layer_freq": 1,
+        "tie_word_embeddings": False,
+    }
+)
 
 
 def read_config(stored: Mapping[str, Any], **types: Any) -> DeepSeekConfig:
     """Return the config of a config.json; `types` are its dtype and param_dtype.
 
     Raises:
-      ValueError: it asks for a routing or a YaRN that neither V2-Lite nor V3 has.
+      ValueError: it asks for what neither V2-Lite nor V3 has, in routing or in YaRN, say.
     """
+    check_fixed(stored, FIXED)
     is_v3 = stored["model_type"] == "deepseek_v3"
     # The published config.json of V3 has it, one that transformers writes may not.
     method = stored.get("topk_method", "noaux_tc" if is_v3 else "greedy")
@@ -48,6 +64,7 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> DeepSeekConfig:
         norm_epsilon=stored["rms_norm_eps"],
         rope_theta=stored["rope_theta"],
         yarn=_read_yarn(stored.get("rope_scaling")),
+        after_next=stored.get("num_nextn_predict_layers", 0) > 0,
         **types,
     )
 
@@ -83,6 +100,7 @@ def write_config(config: DeepSeekConfig) -> dict[str, Any]:
         "hidden_size": config.model_width,
         "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.num_blocks,
+        "num_nextn_predict_layers": int(config.after_next),
         "first_k_dense_replace": config.num_dense_blocks,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_heads,
@@ -92,7 +110,6 @@ def write_config(config: DeepSeekConfig) -> dict[str, Any]:
         "qk_rope_head_dim": config.rotary_width,
         "v_head_dim": config.value_width,
         "moe_intermediate_size": config.expert_width,
-        "moe_layer_freq": 1,
         "n_routed_experts": config.num_experts,
         "n_shared_experts": config.num_shared_experts,
         "num_experts_per_tok": config.experts_per_token,
@@ -105,8 +122,7 @@ def write_config(config: DeepSeekConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
+        **FIXED,
     }
     if config.yarn is not None:
         written["rope_scaling"] = {
@@ -126,22 +142,40 @@ def write_config(config: DeepSeekConfig) -> dict[str, Any]:
 
 def stored_as(config: DeepSeekConfig) -> dict[str, Stored]:
     """Return where each parameter is, by its path."""
+    after_next = f"model.layers.{config.num_blocks}"
+    embed_copies, head_copies = (
+        (f"{after_next}.{name}.weight",) if config.after_next else ()
+        for name in ("embed_tokens", "shared_head.head")
+    )
     found = {
-        "embed/embedding": Stored(names=("model.embed_tokens.weight",)),
+        "embed/embedding": Stored(names=("model.embed_tokens.weight",), copies=embed_copies),
         "norm/scale": Stored(names=("model.norm.weight",)),
-        "head/kernel": _kernel("lm_head"),
+        "head/kernel": dataclasses.replace(_kernel("lm_head"), copies=head_copies),
     }
+    if config.after_next:
+        found |= _block(config, "after_next/block", after_next, is_dense=False)
+        found["after_next/join/kernel"] = _kernel(f"{after_next}.eh_proj")
+        for ours, theirs in _NORMS_AFTER_NEXT.items():
+            found[f"after_next/{ours}/scale"] = Stored(names=(f"{after_next}.{theirs}.weight",))
     for i in range(config.num_blocks):
-        ours, theirs = f"layers_{i}", f"model.layers.{i}"
-        norm = Stored(names=(f"{theirs}.post_attention_layernorm.weight",))
-        found |= _attention(config, f"{ours}/attention", theirs)
-        if i < config.num_dense_blocks:
-            found[f"{ours}/mlp/norm/scale"] = norm
-            found |= _mlp(f"{ours}/mlp", f"{theirs}.mlp")
-        else:
-            found[f"{ours}/experts/norm/scale"] = norm
-            found |= _experts(config, f"{ours}/experts", f"{theirs}.mlp")
+        is_dense = i < config.num_dense_blocks
+        found |= _block(config, f"layers_{i}", f"model.layers.{i}", is_dense=is_dense)
     return found
+
+
+# Of the block that predicts the token after the next: our names and theirs.
+_NORMS_AFTER_NEXT: Mapping[str, str] = MappingProxyType(
+    {"next_norm": "enorm", "hidden_norm": "hnorm", "norm": "shared_head.norm"}
+)
+
+
+def _block(config: DeepSeekConfig, ours: str, theirs: str, *, is_dense: bool) -> dict[str, Stored]:
+    kind = "mlp" if is_dense else "experts"
+    norm = Stored(names=(f"{theirs}.post_attention_layernorm.weight",))
+    found = _attention(config, f"{ours}/attention", theirs) | {f"{ours}/{kind}/norm/scale": norm}
+    if is_dense:
+        return found | _mlp(f"{ours}/mlp", f"{theirs}.mlp")
+    return found | _experts(config, f"{ours}/experts", f"{theirs}.mlp")
 
 
 def _attention(config: DeepSeekConfig, ours: str, block: str) -> dict[str, Stored]:

@@ -7,6 +7,7 @@ from models.gemma import GemmaConfig
 from models.hugging_face.stored import Stored
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")  # by generation, from 1
+UNREAD = (r"lm_head\.weight",)  # the embedding once more
 _ARCHITECTURES = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
 

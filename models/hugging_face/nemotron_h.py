@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from models.hugging_face.fixed import check_fixed
 from models.hugging_face.stored import Stored
 from models.nemotron_h import NemotronHConfig
 
 MODEL_TYPES = ("nemotron_h",)
+UNREAD: tuple[str, ...] = ()
 
 # What a config.json can say otherwise, and our model cannot.
 FIXED: Mapping[str, Any] = MappingProxyType(
@@ -33,9 +35,7 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> NemotronHConfig:
     Raises:
       ValueError: it describes a model of this type that we do not have.
     """
-    for key, ours in FIXED.items():
-        if (theirs := stored.get(key, ours)) != ours:
-            raise ValueError(f"{key} is {theirs!r} in the config.json; only {ours!r} is supported")
+    check_fixed(stored, FIXED)
     # The older checkpoints name the width of a head otherwise.
     head_key = "head_dim" if "head_dim" in stored else "attention_head_dim"
     return NemotronHConfig(

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
+from jax.typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,28 +16,24 @@ class Stored:
       names: of the tensors; several are stacked along the first axis of the parameter (experts).
       num_inputs: how many axes of a kernel (of one expert) are contracted, the first ones; it is
         stored as a matrix (outputs, inputs). None: stored as it is.
+      copies: names under which the first tensor is written again, and that need not be read.
     """
 
     names: tuple[str, ...]
     num_inputs: int | None = None
+    copies: tuple[str, ...] = ()
 
-    def read(self, tensors: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-        """Return the parameter, of this shape, from the tensors of these names.
-
-        Raises:
-          ValueError: a tensor has another shape than the parameter asks for.
-        """
-        wanted = self.stored_shape(shape)
-        for name, tensor in zip(self.names, tensors, strict=True):
-            if tensor.shape != wanted:
-                raise ValueError(
-                    f"tensor {name!r} has shape {tensor.shape}, but the config asks for {wanted}"
-                )
-        matrices = tensors if self.num_inputs is None else [tensor.T for tensor in tensors]
-        return np.stack(matrices).reshape(shape)
+    def read(
+        self, tensors: Iterable[np.ndarray], shape: tuple[int, ...], dtype: DTypeLike
+    ) -> np.ndarray:
+        """Return the parameter from the tensors of these names, each asked for after the last."""
+        parameter = np.empty(shape, dtype)
+        for part, tensor in zip(self.write(parameter), tensors, strict=True):
+            part[...] = tensor
+        return parameter
 
     def write(self, parameter: np.ndarray) -> list[np.ndarray]:
-        """Return the tensors of these names."""
+        """Return the tensors of these names, as views of the parameter."""
         wanted = self.stored_shape(parameter.shape)
         parts = parameter.reshape(len(self.names), *(wanted[::-1] if self.num_inputs else wanted))
         return [part.T if self.num_inputs else part for part in parts]

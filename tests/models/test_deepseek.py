@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import math
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -12,42 +11,12 @@ from flax import traverse_util
 
 from models.deepseek import SIZES, Block, DeepSeek, TokenAfterNext, training_loss
 from models.hugging_face import deepseek as hugging_face
-from models.parts.mla import Yarn
 from models.parts.moe import Router, apply_experts, balance_loss, steer_biases
 from passes.jaxprs import count_primitives
+from tests.models.small import DEEPSEEK_V2 as V2
+from tests.models.small import DEEPSEEK_V3 as V3
+from tests.models.small import YARN, make_reference, with_transformers
 
-V3 = dataclasses.replace(
-    SIZES["tiny"],
-    model_width=32,
-    mlp_width=48,
-    num_blocks=3,
-    query_rank=24,
-    kv_rank=16,
-    plain_width=12,
-    rotary_width=8,
-    value_width=10,
-    expert_width=20,
-    routed_scale=2.5,
-    after_next=False,
-)
-V2 = dataclasses.replace(
-    V3,
-    query_rank=None,
-    num_shared_experts=2,
-    experts_per_token=3,
-    scoring="softmax",
-    num_groups=1,
-    groups_per_token=1,
-    routed_scale=1.5,
-)
-# Of the four pairs one stays as it is, one is slowed down by half of the factor, two by all of it.
-YARN = Yarn(factor=4.0, original_positions=64, mscale=0.707)
-CONFIGS = {
-    "V2": V2,
-    "V2 with YaRN": dataclasses.replace(V2, yarn=YARN),
-    "V3": V3,
-    "V3 with YaRN": dataclasses.replace(V3, yarn=YARN),
-}
 RNG = np.random.default_rng(0)
 TOKENS_BT = RNG.integers(0, 256, size=(2, 13)).astype(np.int32)
 
@@ -64,53 +33,6 @@ def count(config):
     return sum(map(math.prod, main))
 
 
-def reference(config):
-    """The model of transformers, without the tensors if entered with torch.device("meta")."""
-    with warnings.catch_warnings(action="ignore"):
-        pytest.importorskip("torch")
-        transformers = pytest.importorskip("transformers")
-    written = hugging_face.write_config(config)
-    name = written["architectures"][0].removesuffix("ForCausalLM")
-    model_config = getattr(transformers, f"{name}Config")(**written)
-    return getattr(transformers, f"{name}ForCausalLM")(model_config).eval()
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def pair(request):
-    """A config, and a model of transformers with every tensor at random."""
-    torch = pytest.importorskip("torch")
-    config = CONFIGS[request.param]
-    with warnings.catch_warnings(action="ignore"):
-        model = reference(config)
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in model.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        if "norm" in name:
-            tensor.copy_(1 + 0.1 * noise)
-        elif "bias" in name:
-            # Not negative: transformers gives experts outside the chosen groups the score 0,
-            # where the published code has minus infinity.
-            tensor.copy_(0.2 * noise.abs())
-        else:
-            tensor.copy_(0.3 * noise)
-    if config.scoring == "softmax" and config.yarn is not None:
-        # The published code of V2 sharpens the softmax as that of V3 does; transformers' does not.
-        for layer in model.model.layers:
-            layer.self_attn.scaling *= config.yarn.score_scale
-    return config, model
-
-
-def read(config, model):
-    """Parameters of ours from the tensors of transformers."""
-    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    stored = hugging_face.stored_as(config)
-    flat = {
-        path: stored[path].read([tensors[name] for name in stored[path].names], shape)
-        for path, shape in shapes(config).items()
-    }
-    return {"params": traverse_util.unflatten_dict(flat, sep="/")}
-
-
 # Counted from the shapes of transformers' models too, in the test below; V3 without what predicts
 # further tokens, and with its 58 correction biases.
 @pytest.mark.parametrize(
@@ -120,7 +42,7 @@ def test_published_sizes_have_the_published_number_of_parameters(size, published
     assert count(SIZES[size]) == published
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers warns of its own future when imported
+@with_transformers
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_have_the_number_of_parameters_that_transformers_counts(size):
     torch = pytest.importorskip("torch")
@@ -130,7 +52,8 @@ def test_sizes_have_the_number_of_parameters_that_transformers_counts(size):
             SIZES[size], num_dense_blocks=num_dense, num_blocks=num_dense + num_sparse
         )
         with torch.device("meta"):
-            return sum(tensor.numel() for tensor in reference(config).state_dict().values())
+            reference = make_reference("deepseek", config)
+        return sum(tensor.numel() for tensor in reference.state_dict().values())
 
     # The whole V3 has 45,000 modules, which take torch a minute.
     dense, sparse, both = count_theirs(1, 0), count_theirs(0, 1), count_theirs(1, 1)
@@ -140,36 +63,7 @@ def test_sizes_have_the_number_of_parameters_that_transformers_counts(size):
     assert count(SIZES[size]) == dense + sparse - both + blocks
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_logits_equal_those_of_transformers(pair):
-    torch = pytest.importorskip("torch")
-    config, model = pair
-    real_BT = np.arange(13) < np.array([[13], [9]])  # the second sequence is padded
-    tokens_BT = np.where(real_BT, TOKENS_BT, 0)
-    with torch.no_grad():
-        expected_BTV = model(
-            torch.from_numpy(tokens_BT), attention_mask=torch.from_numpy(real_BT)
-        ).logits.numpy()
-    logits_BTV = np.asarray(jax.jit(DeepSeek(config).apply)(read(config, model), tokens_BT))
-    assert np.abs(expected_BTV).max() > 1
-    # The same float32 sums in another order.
-    np.testing.assert_allclose(logits_BTV[real_BT], expected_BTV[real_BT], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_written_tensors_equal_those_read(pair):
-    config, model = pair
-    params = traverse_util.flatten_dict(read(config, model)["params"], sep="/")
-    written = {}
-    for path, stored in hugging_face.stored_as(config).items():
-        written |= dict(zip(stored.names, stored.write(params[path]), strict=True))
-    expected = model.state_dict()
-    assert set(written) == set(expected)
-    for name, tensor in expected.items():
-        np.testing.assert_array_equal(written[name], tensor.numpy(), err_msg=name)
-
-
-@pytest.mark.parametrize("config", [*CONFIGS.values(), *SIZES.values()])
+@pytest.mark.parametrize("config", [V2, V3, dataclasses.replace(V2, yarn=YARN), *SIZES.values()])
 def test_a_written_config_is_read_as_the_same(config):
     types = {"dtype": config.dtype, "param_dtype": config.param_dtype}
     assert hugging_face.read_config(hugging_face.write_config(config), **types) == config

@@ -1,7 +1,6 @@
 import dataclasses
 import math
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,84 +8,17 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from models.gemma import SIZES, Gemma, GemmaConfig
-from models.hugging_face.gemma import read_config, stored_as, write_config
+from models.gemma import SIZES, Gemma
+from models.hugging_face.gemma import read_config, write_config
+from tests.models.small import GEMMA as SMALL
+from tests.models.small import import_transformers, make_reference, with_transformers
 
-# One of each generation. The heads are wider than their share of the model, the window is shorter
-# than the tokens, the caps are low enough to bend, and Gemma 3 has a global block.
-WIDTHS: dict[str, Any] = {
-    "vocab_size": 97,
-    "model_width": 24,
-    "mlp_width": 36,
-    "num_heads": 4,
-    "head_width": 10,
-}
-SMALL = {
-    1: GemmaConfig(**WIDTHS, generation=1, num_blocks=2, num_kv_heads=1, dtype=jnp.float32),
-    2: GemmaConfig(
-        **WIDTHS,
-        generation=2,
-        num_blocks=3,
-        num_kv_heads=2,
-        window=5,
-        query_pre_attn_scalar=6,
-        score_soft_cap=2.0,
-        logit_soft_cap=3.0,
-        dtype=jnp.float32,
-    ),
-    3: GemmaConfig(
-        **WIDTHS,
-        generation=3,
-        num_blocks=7,
-        num_kv_heads=2,
-        window=5,
-        query_pre_attn_scalar=6,
-        rope_theta=1_000.0,
-        local_rope_theta=100.0,
-        rope_slower=8.0,
-        dtype=jnp.float32,
-    ),
-}
-TOKENS_BT = np.random.default_rng(0).integers(0, 97, size=(2, 23)).astype(np.int32)
-
-with_transformers = pytest.mark.filterwarnings("ignore")  # which warns of its own future
-
-
-def import_transformers():
-    with warnings.catch_warnings(action="ignore"):
-        pytest.importorskip("torch")
-        return pytest.importorskip("transformers")
-
-
-def make_reference(config):
-    """The PyTorch model that transformers makes of our config.json."""
-    transformers, written = import_transformers(), write_config(config)
-    written.pop("layer_types", None)  # transformers itself shall say which blocks are local
-    described = transformers.AutoConfig.for_model(**written)
-    return transformers.AutoModelForCausalLM.from_config(described, attn_implementation="eager")
-
-
-def random_reference(config):
-    """The same with every parameter random, and its tensors."""
-    reference, rng = make_reference(config).eval(), np.random.default_rng(1)
-    for parameter in reference.parameters():
-        noise = rng.normal(size=parameter.shape, scale=0.3).astype(np.float32)
-        parameter.data = parameter.data.new_tensor(noise)
-    return reference, {name: x.numpy() for name, x in reference.state_dict().items()}
+TOKENS_BT = np.zeros((2, 23), np.int32)
 
 
 def shapes(config):
     params = jax.eval_shape(Gemma(config).init, jax.random.key(0), TOKENS_BT)["params"]
     return {path: x.shape for path, x in traverse_util.flatten_dict(params, sep="/").items()}
-
-
-def read_params(config, tensors):
-    wanted = shapes(config)
-    flat = {
-        path: stored.read([tensors[name] for name in stored.names], wanted[path])
-        for path, stored in stored_as(config).items()
-    }
-    return {"params": traverse_util.unflatten_dict(flat, sep="/")}
 
 
 # As published with the checkpoints, embeddings counted once.
@@ -112,44 +44,8 @@ def test_text_models_have_as_many_parameters_as_those_of_transformers(size):
     with warnings.catch_warnings(action="ignore"):
         torch = pytest.importorskip("torch")
     with torch.device("meta"):
-        count = sum(x.numel() for x in make_reference(SIZES[size]).parameters())
+        count = sum(x.numel() for x in make_reference("gemma", SIZES[size]).parameters())
     assert sum(map(math.prod, shapes(SIZES[size]).values())) == count
-
-
-@with_transformers
-@pytest.mark.parametrize("generation", SMALL)
-def test_logits_equal_those_of_transformers(generation):
-    config = SMALL[generation]
-    reference, tensors = random_reference(config)
-    params, apply = read_params(config, tensors), jax.jit(Gemma(config).apply)
-    tokens = reference.lm_head.weight.new_tensor(TOKENS_BT).long()
-    expected = reference(tokens).logits.detach().numpy()
-    # The same float32 sums in another order; logits reach about 7.
-    np.testing.assert_allclose(apply(params, TOKENS_BT), expected, rtol=1e-4, atol=1e-4)
-
-    # The last positions of the second row are padding, which no real position sees.
-    real_BT = np.arange(23) < np.array([[23], [14]])
-    mask = tokens.new_tensor(real_BT)
-    expected = reference(tokens * mask, attention_mask=mask).logits.detach().numpy()
-    logits = apply(params, TOKENS_BT * real_BT)
-    np.testing.assert_allclose(logits[real_BT], expected[real_BT], rtol=1e-4, atol=1e-4)
-
-
-@with_transformers
-@pytest.mark.parametrize("generation", SMALL)
-def test_parameters_are_written_as_they_were_read(generation):
-    config = SMALL[generation]
-    _, tensors = random_reference(config)
-    flat = traverse_util.flatten_dict(read_params(config, tensors)["params"], sep="/")
-    written = {
-        name: tensor
-        for path, stored in stored_as(config).items()
-        for name, tensor in zip(stored.names, stored.write(flat[path]), strict=True)
-    }
-    assert shapes(config).keys() == flat.keys()
-    assert tensors.keys() - written.keys() == {"lm_head.weight"}  # the embedding, stored once
-    for name, tensor in written.items():
-        np.testing.assert_array_equal(tensor, tensors[name])
 
 
 @pytest.mark.parametrize("config", [*SMALL.values(), *SIZES.values()])
@@ -162,7 +58,9 @@ def test_configs_are_read_as_they_were_written(config):
 @pytest.mark.parametrize("generation", SMALL)
 def test_configs_are_read_as_transformers_writes_them(generation):
     config = SMALL[generation]
-    assert read_config(make_reference(config).config.to_dict(), dtype=jnp.float32) == config
+    assert (
+        read_config(make_reference("gemma", config).config.to_dict(), dtype=jnp.float32) == config
+    )
 
 
 @with_transformers

@@ -1,6 +1,5 @@
 import dataclasses
 import math
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ import pytest
 
 from models.llama2 import SIZES, Llama2
 from models.parts.rope import rotate
+from tests.models.small import LLAMA2 as SMALL
 
-SMALL = dataclasses.replace(SIZES["tiny"], model_width=32, mlp_width=48, num_blocks=2)
 TOKENS_BT = np.random.default_rng(0).integers(0, 256, size=(2, 12)).astype(np.int32)
 
 
@@ -64,57 +63,3 @@ def test_rotated_products_depend_on_the_distance_only():
         np.testing.assert_allclose(along, along[0], atol=1e-4)  # float32 angles up to 20
     np.testing.assert_allclose(products_TS[0, 0], q_H @ k_H, rtol=1e-5)
     assert np.ptp(products_TS[0]) > 1
-
-
-@pytest.mark.filterwarnings("ignore")  # transformers warns of its own future when imported
-def test_logits_equal_those_of_transformers(lenient):
-    with warnings.catch_warnings(action="ignore"):
-        transformers = pytest.importorskip("transformers")
-    reference = transformers.FlaxLlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=SMALL.vocab_size,
-            hidden_size=SMALL.model_width,
-            intermediate_size=SMALL.mlp_width,
-            num_hidden_layers=SMALL.num_blocks,
-            num_attention_heads=SMALL.num_heads,
-            num_key_value_heads=SMALL.num_kv_heads,
-            rms_norm_eps=SMALL.norm_epsilon,
-            rope_theta=SMALL.rope_theta,
-            max_position_embeddings=16,
-        )
-    )
-    params = init(SMALL)
-    expected = reference(TOKENS_BT, params=as_transformers(params["params"])).logits
-    logits = Llama2(SMALL).apply(params, TOKENS_BT)
-    # The same float32 sums in another order; logits reach about 10.
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def as_transformers(params):
-    """The same parameters under the names and in the shapes of FlaxLlamaForCausalLM."""
-
-    def matrix(leaf, num_inputs=SMALL.model_width):
-        return {"kernel": leaf["kernel"].reshape(num_inputs, -1)}
-
-    def block(layer):
-        attention, mlp = layer["attention"], layer["mlp"]
-        return {
-            "input_layernorm": {"weight": attention["norm"]["scale"]},
-            "self_attn": {
-                "q_proj": matrix(attention["query"]),
-                "k_proj": matrix(attention["key"]),
-                "v_proj": matrix(attention["value"]),
-                "o_proj": matrix(attention["out"]),
-            },
-            "post_attention_layernorm": {"weight": mlp["norm"]["scale"]},
-            "mlp": {"gate_proj": mlp["gate"], "up_proj": mlp["up"], "down_proj": mlp["down"]},
-        }
-
-    return {
-        "model": {
-            "embed_tokens": params["embed"],
-            "layers": {str(i): block(params[f"layers_{i}"]) for i in range(SMALL.num_blocks)},
-            "norm": {"weight": params["norm"]["scale"]},
-        },
-        "lm_head": params["head"],
-    }

@@ -12,20 +12,10 @@ from flax import traverse_util
 from models.hugging_face import nemotron_h as hugging_face
 from models.nemotron_h import SIZES, NemotronH
 from models.parts.mamba import Mamba, chunk_scan
+from tests.models.small import NEMOTRON_H as SMALL
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-SMALL = dataclasses.replace(
-    SIZES["tiny"],
-    model_width=32,
-    pattern="M-*M",
-    mlp_width=48,
-    head_width=12,
-    num_mamba_heads=4,
-    mamba_head_width=6,
-    state_width=8,
-    chunk_length=5,
-)
 TOKENS_BT = np.random.default_rng(0).integers(0, 256, size=(2, 12)).astype(np.int32)
 
 
@@ -330,21 +320,3 @@ def test_a_config_of_another_model_is_refused():
     written = hugging_face.write_config(SMALL) | {"time_step_limit": [0.001, 0.1]}
     with pytest.raises(ValueError, match="time_step_limit is"):
         hugging_face.read_config(written)
-
-
-def test_parameters_are_read_as_they_were_written():
-    params = traverse_util.flatten_dict(PARAMS["params"], sep="/")
-    stored = hugging_face.stored_as(SMALL)
-    assert set(stored) == set(params)
-    names = [name for where in stored.values() for name in where.names]
-    assert len(set(names)) == len(names)
-    for path, where in stored.items():
-        parameter = np.asarray(params[path])
-        np.testing.assert_array_equal(
-            where.read(where.write(parameter), parameter.shape), parameter
-        )
-    (tensor,) = stored["layers_0/mamba/convolution/kernel"].write(
-        np.asarray(params["layers_0/mamba/convolution/kernel"])
-    )
-    channels = 4 * 6 + 2 * 2 * 8
-    assert tensor.shape == (channels, 1, 4)

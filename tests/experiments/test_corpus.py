@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 
-from experiments.stdlib_bytes import load_corpus, sample_batch, spread_batches
+from experiments.corpus import load_corpus, sample_batch, spread_batches
 
 TEXT = np.arange(100, dtype=np.uint8)
 

@@ -1,4 +1,4 @@
-"""Text that every machine with Python has: the bytes of the standard library's source.
+"""Text that every machine with Python has: the standard library's source, in bytes or tokens.
 
 Shapes: B batch, T positions.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, T positions.
 import dataclasses
 import pathlib
 import sysconfig
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,16 +15,28 @@ EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests",
 HOLD_OUT_EVERY = 20  # files
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Bytes to train on, and those of whole files held out to evaluate on; each uint8 (size,)."""
+    """Tokens to train on, and those of whole files held out to evaluate on; each integers (size,).
+
+    A token of those held out is `bytes_per_token` of their text, on average.
+    """
 
     training: np.ndarray
     evaluation: np.ndarray
+    bytes_per_token: float
 
 
-def load_corpus() -> Corpus:
-    """Reads the library in the order of its paths, and holds out every twentieth file."""
+def as_bytes(texts: Sequence[bytes]) -> np.ndarray:
+    """Makes a token of every byte: uint8 (size,)."""
+    return np.frombuffer(b"".join(texts), dtype=np.uint8)
+
+
+def load_corpus(encode: Callable[[Sequence[bytes]], np.ndarray] = as_bytes) -> Corpus:
+    """Reads the library in the order of its paths, and holds out every twentieth file.
+
+    `encode` maps the files of one of both parts to its tokens.
+    """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
         path
@@ -35,9 +48,14 @@ def load_corpus() -> Corpus:
             f"{root} holds {len(files)} source files, and {HOLD_OUT_EVERY} are needed; "
             "run a Python whose standard library is installed as source"
         )
-    held_out = files[::HOLD_OUT_EVERY]
-    training = [file for file in files if file not in set(held_out)]
-    return Corpus(training=_read(training), evaluation=_read(held_out))
+    texts = [file.read_bytes() for file in files]
+    held_out = texts[::HOLD_OUT_EVERY]
+    evaluation = encode(held_out)
+    return Corpus(
+        training=encode([text for i, text in enumerate(texts) if i % HOLD_OUT_EVERY]),
+        evaluation=evaluation,
+        bytes_per_token=sum(map(len, held_out)) / len(evaluation),
+    )
 
 
 def sample_batch(
@@ -62,7 +80,3 @@ def spread_batches(
 
 def _windows(text: np.ndarray, starts_B: np.ndarray, sequence_length: int) -> np.ndarray:
     return text[starts_B[:, None] + np.arange(sequence_length + 1)].astype(np.int32)
-
-
-def _read(files: list[pathlib.Path]) -> np.ndarray:
-    return np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8)

@@ -1,0 +1,175 @@
+"""Hugging Face checkpoints as parameters, each of which is read when its values are asked for."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jax.typing import DTypeLike
+
+from models.hugging_face.safetensors import DTYPES, Tensor, find_tensors
+from models.hugging_face.stored import Stored
+from models.registry import MODELS, Model
+
+CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+NUM_SHOWN = 40  # of what is wrong with a checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A parameter in a checkpoint: np.asarray reads it, and nothing is kept of it.
+
+    Attributes:
+      shape: of the parameter.
+      dtype: likewise, whatever it is stored as.
+      tensors: in which it is stored.
+      stored: how these make the parameter.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    tensors: tuple[Tensor, ...]
+    stored: Stored
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return its values, read from the files a tensor at a time."""
+        tensors = (tensor.read() for tensor in self.tensors)
+        return self.stored.read(tensors, self.shape, dtype or self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model that was loaded.
+
+    Attributes:
+      model: one of `MODELS`.
+      module: its class with the config of the checkpoint.
+      params: its parameters as nested dictionaries, whose leaves are `Parameter`s.
+    """
+
+    model: Model
+    module: nn.Module
+    params: dict[str, Any]
+
+
+def load(
+    folder: str | pathlib.Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+) -> Checkpoint:
+    """Open a Hugging Face checkpoint: config.json, and one safetensors file or several.
+
+    The names, shapes and types of all tensors are checked, and no values are read: each leaf of the
+    parameters is read when it is turned into an array. What places them leaf by leaf never has the
+    whole model in its memory. For the plain module:
+
+        model = load(folder)
+        params = jax.tree.map(jnp.asarray, model.params)
+        logits = model.module.apply({"params": params}, tokens)
+
+    Args:
+      folder: of the checkpoint.
+      dtype: in which the module computes.
+      param_dtype: of the parameters; they are stored as float32, float16 or bfloat16.
+
+    Raises:
+      ValueError: the config.json is of no model that we have; a file is missing or broken; tensors
+        are missing, unknown, of another shape than the config asks for, or of a type that is not
+        read (forty are named).
+    """
+    folder = pathlib.Path(folder)
+    model, config = _read_config(folder / CONFIG, dtype=dtype, param_dtype=param_dtype)
+    module, stored = model.module(config), model.hugging_face.stored_as(config)
+    types, tensors = parameter_types(module), _find_tensors(folder)
+    unread = tensors.keys() - {name for each in stored.values() for name in each.names}
+    wrong = [
+        *(line for path in stored for line in _wrong(stored[path], types[path].shape, tensors)),
+        *(
+            f"nothing reads {name}"
+            for name in sorted(unread)
+            if not any(re.fullmatch(known, name) for known in model.hugging_face.UNREAD)
+        ),
+    ]
+    if wrong:
+        more = [f"and {len(wrong) - NUM_SHOWN} more"] if len(wrong) > NUM_SHOWN else []
+        lines = "\n  ".join([*wrong[:NUM_SHOWN], *more])
+        raise ValueError(f"the tensors in {folder} are not those of its {CONFIG}:\n  {lines}")
+    leaves = {
+        path: Parameter(
+            shape=each.shape,
+            dtype=each.dtype,
+            tensors=tuple(tensors[name] for name in stored[path].names),
+            stored=stored[path],
+        )
+        for path, each in types.items()
+    }
+    params = traverse_util.unflatten_dict(leaves, sep="/")
+    return Checkpoint(model=model, module=module, params=params)
+
+
+def parameter_types(module: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shape and dtype of every parameter of a language model, by its path."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)  # of any length
+    params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def _wrong(stored: Stored, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield what is wrong with the tensors of a parameter of this shape."""
+    wanted = stored.stored_shape(shape)
+    for name in stored.names:
+        if name not in tensors:
+            yield f"{name} is missing"
+        elif tensors[name].shape != wanted:
+            yield f"{name} has shape {tensors[name].shape}, but the config asks for {wanted}"
+        elif tensors[name].dtype not in DTYPES:
+            yield f"{name} is stored as {tensors[name].dtype}; use one of {', '.join(DTYPES)}"
+
+
+def _read_config(file: pathlib.Path, **types: DTypeLike) -> tuple[Model, Any]:
+    """Return the model that a config.json describes, and its config."""
+    stored = _read_json(file)
+    known = {kind: model for model in MODELS.values() for kind in model.hugging_face.MODEL_TYPES}
+    kind = str(stored.get("model_type"))
+    if kind not in known:
+        raise ValueError(f"{file} has model_type {kind}; known are {', '.join(sorted(known))}")
+    try:
+        return known[kind], known[kind].hugging_face.read_config(stored, **types)
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error}, which a {kind} needs") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _find_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by name."""
+    if (folder / WHOLE).exists():
+        return find_tensors(folder / WHOLE)
+    if not (folder / INDEX).exists():
+        raise ValueError(f"{folder} has neither {WHOLE} nor {INDEX}; write it as safetensors")
+    file_of = _read_json(folder / INDEX).get("weight_map", {})
+    found: dict[str, Tensor] = {}
+    for file in sorted(set(file_of.values())):
+        tensors = find_tensors(folder / file)
+        found |= {name: it for name, it in tensors.items() if file_of.get(name, file) == file}
+    return found
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"the file {file} is missing; name the folder of a checkpoint")
+    try:
+        read = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return read
