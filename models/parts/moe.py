@@ -14,6 +14,7 @@ import optax
 from flax import linen as nn
 
 from models.parts.dense import Types
+from models.parts.grouped_dot import grouped_dot
 from models.parts.mlp import gated_mlp
 
 
@@ -182,9 +183,9 @@ def apply_experts(
     order_A = jnp.argsort(choice_A)
     sizes_E = jnp.bincount(choice_A, length=num_experts)
     x_AD = x_BTD.reshape(-1, x_BTD.shape[-1])[order_A // num_chosen]
-    gate_AF = jax.lax.ragged_dot(x_AD, gate_EDF, sizes_E)
-    up_AF = jax.lax.ragged_dot(x_AD, up_EDF, sizes_E)
-    y_AD = jax.lax.ragged_dot(nn.silu(gate_AF) * up_AF, down_EFD, sizes_E)
+    gate_AF = grouped_dot(x_AD, gate_EDF, sizes_E)
+    up_AF = grouped_dot(x_AD, up_EDF, sizes_E)
+    y_AD = grouped_dot(nn.silu(gate_AF) * up_AF, down_EFD, sizes_E)
     y_AD = y_AD.at[jnp.argsort(order_A)].get(unique_indices=True)
     y_BTCD = y_AD.reshape(*choice_BTC.shape, -1).astype(jnp.float32)
     return (y_BTCD * weights_BTC[..., None]).sum(axis=-2).astype(x_BTD.dtype)

@@ -1,0 +1,118 @@
+"""A matmul of rows that stand in groups, each group with a matrix of its own.
+
+Shapes: A rows, E groups, D width of a row, F width of a result, L rows of a block.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+T = TypeVar("T")
+
+
+def grouped_dot(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Multiplies the first sizes_E[0] rows by w_EDF[0], the next sizes_E[1] by w_EDF[1], and so on.
+
+    This is jax.lax.ragged_dot. But that, on a CPU, multiplies all rows by all matrices.
+    """
+    if jax.default_backend() == "cpu":
+        return _grouped_dot(x_AD, w_EDF, sizes_E)
+    return jax.lax.ragged_dot(x_AD, w_EDF, sizes_E)
+
+
+@jax.custom_vjp
+def _grouped_dot(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return _multiply("LD,DF->LF", x_AD, w_EDF, sizes_E, width=w_EDF.shape[2])
+
+
+_Inputs = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _forward(*inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _grouped_dot(*inputs), inputs
+
+
+def _backward(inputs: _Inputs, dy_AF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x_AD, w_EDF, sizes_E = inputs
+    dx_AD = _multiply("LF,DF->LD", dy_AF, w_EDF, sizes_E, width=w_EDF.shape[1])
+    return dx_AD, _contract(x_AD, dy_AF, sizes_E), None
+
+
+_grouped_dot.defvjp(_forward, _backward)
+
+
+def _multiply(
+    subscripts: str, x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, width: int
+) -> jax.Array:
+    """Returns every row times the matrix of its group, or times the transpose of it."""
+    num_rows, length = x_AD.shape[0], _block_length(x_AD, sizes_E)
+
+    def add_group(y_AF: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        w_DF, begin, end = group
+
+        def add_block(y_AF: jax.Array, row: jax.Array, is_own_L1: jax.Array) -> jax.Array:
+            x_LD, y_LF = (jax.lax.dynamic_slice_in_dim(a, row, length) for a in (x_AD, y_AF))
+            y_LF = jnp.where(is_own_L1, jnp.einsum(subscripts, x_LD, w_DF), y_LF)
+            return jax.lax.dynamic_update_slice_in_dim(y_AF, y_LF, row, axis=0)
+
+        return _over_blocks(add_block, y_AF, begin, end, length, num_rows), None
+
+    zeros_AF = jnp.zeros((num_rows, width), x_AD.dtype)
+    return jax.lax.scan(add_group, zeros_AF, (w_EDF, *_edges(sizes_E)))[0]
+
+
+def _contract(x_AD: jax.Array, dy_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Returns x^T dy over the rows of each group, (E, D, F)."""
+    num_rows, length = x_AD.shape[0], _block_length(x_AD, sizes_E)
+
+    def of_group(_: None, group: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        begin, end = group
+
+        def add_block(sum_DF: jax.Array, row: jax.Array, is_own_L1: jax.Array) -> jax.Array:
+            x_LD, dy_LF = (jax.lax.dynamic_slice_in_dim(a, row, length) for a in (x_AD, dy_AF))
+            x_LD = jnp.where(is_own_L1, x_LD, 0)
+            return sum_DF + jnp.einsum("LD,LF->DF", x_LD, dy_LF, preferred_element_type=jnp.float32)
+
+        zeros_DF = jnp.zeros((x_AD.shape[1], dy_AF.shape[1]), jnp.float32)
+        sum_DF = _over_blocks(add_block, zeros_DF, begin, end, length, num_rows)
+        return None, sum_DF.astype(x_AD.dtype)
+
+    return jax.lax.scan(of_group, None, _edges(sizes_E))[1]
+
+
+def _over_blocks(
+    step: Callable[[T, jax.Array, jax.Array], T],
+    initial: T,
+    begin: jax.Array,
+    end: jax.Array,
+    length: int,
+    num_rows: int,
+) -> T:
+    """Takes a step for each block of the rows from `begin` to `end`.
+
+    A step is told where its block begins, and which of the rows are its own: a block in the end
+    has others too, of the next group, or, as it must not go past the last row, done before.
+    """
+
+    def take_step(i: jax.Array, carry: T) -> T:
+        first = begin + i * length
+        row = jnp.minimum(first, num_rows - length)
+        rows_L = row + jnp.arange(length)
+        return step(carry, row, ((first <= rows_L) & (rows_L < end))[:, None])
+
+    return jax.lax.fori_loop(0, -(-(end - begin) // length), take_step, initial)
+
+
+def _block_length(x_AD: jax.Array, sizes_E: jax.Array) -> int:
+    """Returns as many rows as few groups exceed if every row's group is drawn at random."""
+    num_rows = x_AD.shape[0]
+    mean = num_rows / sizes_E.shape[0]
+    return min(num_rows, 8 * math.ceil((mean + 3 * math.sqrt(mean)) / 8))
+
+
+def _edges(sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+    ends_E = jnp.cumsum(sizes_E)
+    return ends_E - sizes_E, ends_E
