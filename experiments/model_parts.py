@@ -45,7 +45,7 @@ except ImportError as error:
     raise SystemExit(f"{error}; install jax-linear-attention and mamba2-jax") from error
 
 CHUNK_LENGTHS = 64, 128, 256
-OUR_CHUNK_LENGTH = 128
+OUR_CHUNK_LENGTH = 64
 HEAD_WIDTH, STATE_WIDTH = 64, 128
 # Positions, heads, groups of heads.
 SCANS = (1024, 16, 8), (1024, 16, 1), (2048, 16, 8)
