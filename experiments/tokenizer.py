@@ -24,6 +24,9 @@ def read_tokenizer(file: str | pathlib.Path) -> Callable[[Sequence[bytes]], np.n
     except Exception as error:  # of no narrower type
         raise ValueError(f"{file} is no tokenizer.json: {error}") from error
 
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
     def encode(texts: Sequence[bytes]) -> np.ndarray:
         decoded = (text.decode(errors="replace") for text in texts)
         ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in decoded]

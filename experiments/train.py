@@ -9,6 +9,7 @@ import json
 import pathlib
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +38,10 @@ LOAD = flags.DEFINE_string(
     "load", None, "Folder of a Hugging Face checkpoint to go on from, in place of a model and size."
 )
 TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "A Hugging Face tokenizer.json; by default every byte is a token."
+    "tokenizer",
+    None,
+    "A Hugging Face tokenizer.json; by default that of --load if it is there, or else every byte "
+    "is a token.",
 )
 SAVE = flags.DEFINE_string(
     "save", None, "New folder for what comes of the model, as a Hugging Face checkpoint."
@@ -55,7 +59,10 @@ SEQUENCE_LENGTH = flags.DEFINE_integer(
     "sequence_length", 128, "Tokens predicted in each sequence.", lower_bound=1
 )
 LEARNING_RATE = flags.DEFINE_float(
-    "learning_rate", 3e-3, "Peak of warm-up and cosine decay.", lower_bound=0.0
+    "learning_rate",
+    None,
+    "Peak of warm-up and cosine decay; by default 3e-3, with --load 3e-5.",
+    lower_bound=0.0,
 )
 SEED = flags.DEFINE_integer("seed", 0, "Of the parameters and the order of the data.")
 DUMP_TO = flags.DEFINE_string("dump_to", None, "Folder for every step of the compilation, as text.")
@@ -106,10 +113,14 @@ def _has_folder(path: str | None) -> bool:
     return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
-@flags.validator("save", "it exists and is not empty; name a new folder")
+@flags.validator("save", "name a new folder, or an empty one, in a folder that exists")
 def _is_free(folder: str | None) -> bool:
-    path = pathlib.Path(folder or "")
-    return folder is None or not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if folder is None:
+        return True
+    path = pathlib.Path(folder).resolve()
+    return path.parent.is_dir() and (
+        not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -118,7 +129,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
     devices = distributed.join(NUM_DEVICES.value)
     model, module, params = make_model()
-    corpus = load_corpus(as_bytes if TOKENIZER.value is None else read_tokenizer(TOKENIZER.value))
+    corpus = load_corpus(make_encode())
     check_vocabulary(corpus, module.config.vocab_size)
     pipeline = jaxptis.pipeline(
         num_microbatches=NUM_MICROBATCHES.value,
@@ -127,7 +138,10 @@ def main(argv: list[str]) -> None:
         has_aux=True,
         dump_to=DUMP_TO.value,
     )
-    optimizer = make_optimizer(LEARNING_RATE.value, NUM_STEPS.value)
+    learning_rate = LEARNING_RATE.value
+    if learning_rate is None:
+        learning_rate = 3e-3 if LOAD.value is None else 3e-5
+    optimizer = make_optimizer(learning_rate, NUM_STEPS.value)
     trainer = pipeline(type(module))(module.config).trainer(
         loss=model.loss(module.config), optimizer=model.steer(optimizer)
     )
@@ -151,6 +165,15 @@ def make_model() -> tuple[Model, Any, Any]:
     return model, model.module(model.sizes[SIZE.value]), None
 
 
+def make_encode() -> Callable[[Sequence[bytes]], np.ndarray]:
+    """Returns what maps texts to tokens."""
+    file = TOKENIZER.value
+    if file is None and LOAD.value is not None:
+        beside = pathlib.Path(LOAD.value) / "tokenizer.json"
+        file = str(beside) if beside.exists() else None
+    return as_bytes if file is None else read_tokenizer(file)
+
+
 def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
     """Raises a ValueError if the model does not know some token of the corpus."""
     last = max(corpus.training.max(), corpus.evaluation.max())
@@ -166,7 +189,7 @@ def make_optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransf
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=learning_rate,
-        warmup_steps=num_steps // 10,
+        warmup_steps=max(1, num_steps // 10),
         decay_steps=num_steps,
         end_value=learning_rate / 10,
     )

@@ -14,11 +14,13 @@ from jaxptis.processes import is_local
 
 
 def aval_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Return the type of a leaf, as JAX will see it; with a shape and a dtype it is not read."""
+    """Return the type of a leaf, as JAX will see it; one with a NumPy dtype is not read."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | Parts):
         weak = getattr(leaf, "weak_type", False)  # keys and parts have no such attribute
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
-    value = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else np.asarray(leaf)
+    # Not so arrays of others, such as a DataLoader's: their dtypes are not NumPy's.
+    described = hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)
+    value = leaf if described else np.asarray(leaf)
     return jax.ShapeDtypeStruct(
         value.shape,
         jax.dtypes.canonicalize_dtype(value.dtype),

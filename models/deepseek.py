@@ -290,7 +290,7 @@ def training_loss(
 
     Added to it are the balance losses of all layers with experts, and the cross-entropy of the
     tokens after the next, each with its weight (arXiv 2412.19437, equations 17 and 25). The biases
-    of routers have the gradients that `steer_biases` reads.
+    of routers have no gradients but what `steer_biases` reads: wrap the optimizer in it.
 
     Args:
         model: `DeepSeek.apply` with parameters bound.
@@ -299,11 +299,15 @@ def training_loss(
         after_next_weight: 0.3 for most of V3's training, then 0.1; 0 does not call the block.
     """
     tokens = batch["tokens"]
+    if tokens.shape[1] < 3:
+        raise ValueError(
+            f"sequences of {tokens.shape[1]} tokens have none after the next; use 3 or more"
+        )
     after_next = after_next_weight != 0
     out, sown = model(
         tokens[:, :-1], before_head=True, after_next=after_next, mutable=["losses", "loads"]
     )
-    # From the factors, so that the logits of one loss are gone before those of the other are made.
+    # From the factors, so that one loss ends before the logits of the other are made.
     main, *further = (
         cross_entropy(x_BTD @ kernel_DV.astype(x_BTD.dtype), tokens[:, first:]).mean()
         for first, (x_BTD, kernel_DV) in enumerate(out if after_next else (out,), start=1)

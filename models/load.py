@@ -139,6 +139,11 @@ def _read_config(file: pathlib.Path, **types: DTypeLike) -> tuple[Model, Any]:
     stored = _read_json(file)
     known = {kind: model for model in MODELS.values() for kind in model.hugging_face.MODEL_TYPES}
     kind = str(stored.get("model_type"))
+    if "quantization_config" in stored:
+        raise ValueError(
+            f"{file} is of a quantized model, {stored['quantization_config']}; convert it to "
+            "bfloat16 first, as DeepSeek's fp8_cast_bf16.py does"
+        )
     if kind not in known:
         raise ValueError(f"{file} has model_type {kind}; known are {', '.join(sorted(known))}")
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ def save(
     """Write a Hugging Face checkpoint: config.json, and one safetensors file or several.
 
     The host holds the tensors of a file, twice, and the leaves that these are from. All is written
-    to a folder beside, with ".partial" behind its name, which becomes `folder` when it is complete.
+    to a folder beside, named "*.partial", which becomes `folder` when it is complete.
 
     With several processes all of them make this call, and see the folder. Each leaf is written by
     the first of those that hold it. No two write to one file: the files are numbered through, those
@@ -49,7 +50,7 @@ def save(
         unknown, of other shapes, of a type that is not stored, or spread over processes (all are
         named).
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something already; name a new folder")
     model = next((model for model in MODELS.values() if isinstance(module, model.module)), None)
@@ -159,9 +160,11 @@ def _write(
 ) -> None:
     """Write the files of this process, which `tensors` are for, and in process 0 the JSON files."""
     me = jax.process_index()
-    partial = folder.with_name(f"{folder.name}.partial")
+    # Of this run alone: another may write beside.
+    run = int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
+    partial = folder.with_name(f"{folder.name}.{run}.partial")
     if me == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
+        shutil.rmtree(partial, ignore_errors=True)  # of a save that failed
         partial.mkdir(parents=True)
     multihost_utils.sync_global_devices("the folder is there")
     for file in files:

@@ -143,12 +143,13 @@ class Dataflow:
         return all(self._widens(side, passing, total, wide) for side in sides)
 
     def _is_wide_branch(self, here: int, last: int, passing: Set[int]) -> bool:
-        """Whether what does not pass by comes only from what does, and is larger.
+        """Whether all of `last` passes by, and what does not comes only from it and is larger.
 
         So is what experts hold between their matmuls, beside the residual stream.
         """
         held = self._held[here]
-        if _bytes_without(held, passing) <= sum(held[v] for v in passing):
+        kept = sum(held[v] for v in passing)
+        if kept < sum(self._held[last].values()) or _bytes_without(held, passing) <= kept:
             return False
         others = {v for v in self._live[last] if self._anchors[v] not in passing}
         for step in self._steps[last + 1 : here + 1]:

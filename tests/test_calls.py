@@ -138,3 +138,26 @@ def test_variables_of_an_nnx_model_stay_in_place():
     assert jax.tree.leaves(state.model_state)[0] is scale
     # The same sums in another order.
     np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-6)
+
+
+class Foreign:
+    """An array of another framework, whose dtype is none of NumPy's."""
+
+    dtype = "float32 of theirs"
+
+    def __init__(self, values):
+        self.shape, self._values = values.shape, values
+
+    def __array__(self, dtype=None, copy=None):
+        return self._values
+
+
+def test_arrays_of_other_frameworks_are_taken():
+    params, batch = make_params((8,)), jax.device_get(make_batch())
+    foreign = {"x": Foreign(batch["x"])}
+    pipelined = make_pipeline(num_devices=1)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        pipelined.value_and_grad(params, foreign),
+        pipelined.value_and_grad(params, batch),
+    )

@@ -6,6 +6,7 @@ of a group, A = B * T * C assignments of a token to an expert.
 """
 
 import functools
+import math
 from typing import Any, Literal, Protocol
 
 import jax
@@ -109,8 +110,9 @@ class Router(nn.Module):
             weights_BTC = jnp.take_along_axis(scores_BTE, choice_BTC, axis=-1)
         else:
             scores_BTE = jax.nn.sigmoid(logits_BTE)
-            bias_E = self.param("bias", nn.initializers.zeros, (c.num_experts,), c.param_dtype)
-            choice_BTC = _choose_in_groups(c, scores_BTE + bias_E.astype(jnp.float32))
+            # In float32 whatever the others are: it steps by less than bfloat16 resolves.
+            bias_E = self.param("bias", nn.initializers.zeros, (c.num_experts,), jnp.float32)
+            choice_BTC = _choose_in_groups(c, scores_BTE + bias_E)
             weights_BTC = jnp.take_along_axis(scores_BTE, choice_BTC, axis=-1)
             weights_BTC /= weights_BTC.sum(axis=-1, keepdims=True)
             if self.is_mutable_collection("loads") and not self.is_initializing():
@@ -135,14 +137,14 @@ def _choose_in_groups(config: MixtureConfig, scores_BTE: jax.Array) -> jax.Array
 
 
 def _excess_load(choice_BTC: jax.Array, bias_E: jax.Array) -> jax.Array:
-    """Returns 0, with the gradient (E,): choices of each expert beyond an even share, times E.
+    """Returns 0, with a gradient (E,) in proportion to the choices beyond an even share.
 
-    Whole numbers, so that those of microbatches add up to 0 where a share is even.
+    Whole numbers over a power of two, so that those of microbatches add up to 0 where it is even.
     """
     num_experts = bias_E.shape[0]
     counts_E = jnp.bincount(choice_BTC.reshape(-1), length=num_experts)
     excess_E = (counts_E * num_experts - choice_BTC.size).astype(jnp.float32)
-    bias_E = bias_E.astype(jnp.float32)
+    excess_E /= 2.0 ** math.ceil(math.log2(num_experts * choice_BTC.size))
     return (excess_E * (bias_E - jax.lax.stop_gradient(bias_E))).sum()
 
 

@@ -136,7 +136,7 @@ def test_a_model_that_does_not_know_the_text_is_refused(tmp_path):
         ("tiny", "belong to no flag"),
         (("--load=folder", "--size=tiny"), "says which model; drop --model and --size"),
         ("--load=/no/such/folder", "config.json is missing; name the folder of a checkpoint"),
-        ("--save=tests", "it exists and is not empty; name a new folder"),
+        ("--save=tests", "name a new folder, or an empty one, in a folder that exists"),
         ("--tokenizer=setup.cfg", "setup.cfg is no tokenizer.json"),
         ("--local_device_ids=0", "is for processes of --coordinator_address"),
     ],

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import traverse_util
 
+from models import MODELS
 from models.deepseek import SIZES, Block, DeepSeek, TokenAfterNext, training_loss
 from models.hugging_face import deepseek as hugging_face
 from models.parts.moe import Router, apply_experts, balance_loss, steer_biases
@@ -339,10 +340,25 @@ def test_biases_step_against_the_load_of_their_experts():
     excess_E = V3.num_experts * counts_E - np.size(choice_BTC)
     assert set(np.sign(excess_E)) >= {-1, 1}
     gradients = {"router": jax.grad(loads)(params), "bias": np.float32([1.0])}
-    np.testing.assert_array_equal(gradients["router"]["bias"], excess_E)
+    scale = np.abs(gradients["router"]["bias"]).max() / np.abs(excess_E).max()
+    assert np.log2(scale) % 1 == 0 and scale * np.size(choice_BTC) * V3.num_experts <= 1
+    np.testing.assert_array_equal(gradients["router"]["bias"], np.float32(scale * excess_E))
 
     optimizer = steer_biases(optax.sgd(2.0), speed=0.5)
     updates, _ = optimizer.update(gradients, optimizer.init(gradients))
     np.testing.assert_allclose(updates["router"]["bias"], -0.5 * np.sign(excess_E))
     np.testing.assert_array_equal(updates["router"]["kernel"], -2.0 * gradients["router"]["kernel"])
     np.testing.assert_array_equal(updates["bias"], -2.0)  # of no router
+
+
+def test_models_are_trained_with_the_published_weights():
+    family = MODELS["deepseek"]
+    assert family.loss(SIZES["V2-Lite"]).keywords == {
+        "balance_weight": 1e-3,
+        "after_next_weight": 0.0,
+    }
+    assert family.loss(SIZES["V3"]).keywords == {"balance_weight": 1e-4, "after_next_weight": 0.3}
+    bias = {"router": {"bias": np.float32([-3.0, 0.0, 5.0])}}
+    optimizer = family.steer(optax.sgd(2.0))
+    updates, _ = optimizer.update(bias, optimizer.init(bias))
+    np.testing.assert_allclose(updates["router"]["bias"], [0.001, 0.0, -0.001])

@@ -21,7 +21,10 @@ def test_every_size_maps_tokens_to_logits_in_its_own_types(name, size):
     )
     assert logits_BTV.shape == (2, 8, config.vocab_size)
     assert logits_BTV.dtype == config.dtype
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        # A router's bias steps by less than bfloat16 resolves.
+        is_bias = "router" in str(path) and "bias" in str(path)
+        assert leaf.dtype == (jnp.float32 if is_bias else jnp.bfloat16)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -42,6 +45,6 @@ def test_computing_in_16_bits_changes_loss_and_gradients_little(name, lenient, c
         return loss, np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
 
     (expected, expected_grads), (loss, grads) = value_and_grad(single), value_and_grad(half)
-    # bfloat16 rounds to 0.4 percent, some ten times in a row; then some tokens choose other experts.
+    # bfloat16 rounds to 0.4 percent, some ten times in a row; some tokens choose other experts.
     np.testing.assert_allclose(loss, expected, rtol=0.02)
     assert np.linalg.norm(grads - expected_grads) < 0.2 * np.linalg.norm(expected_grads)
