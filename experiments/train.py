@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
     params, history = train(trainer, params, corpus, console)
     report(trainer, history, corpus, console)
     if SAVE.value is not None:
-        save(SAVE.value, module, params)
+        save(SAVE.value, module, params, like=LOAD.value)
     if JSON_OUTPUT.value is not None and first:
         results = to_json(trainer, history, corpus)
         pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")

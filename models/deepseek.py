@@ -29,7 +29,8 @@ class DeepSeekConfig:
     The first num_dense_blocks have an MLP of mlp_width, the others a mixture of experts. A head
     has queries and keys of plain_width, which know no positions, and of rotary_width, and values
     of value_width; queries are compressed to query_rank (None: not), keys and values to kv_rank.
-    With after_next, a further block predicts the token after the next.
+    With after_next, a further block predicts the token after the next. With remat, the backward
+    has only what goes into a block, and computes the rest again.
     """
 
     vocab_size: int
@@ -57,6 +58,7 @@ class DeepSeekConfig:
     after_next: bool = False
     dtype: DTypeLike = jnp.bfloat16
     param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if self.scoring not in ("softmax", "sigmoid"):
@@ -244,8 +246,9 @@ class DeepSeek(nn.Module):
             c.vocab_size, c.model_width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed"
         )
         x_BTD = embed(tokens_BT)
+        block = nn.remat(Block) if c.remat else Block
         for i in range(c.num_blocks):
-            x_BTD = Block(c, is_dense=i < c.num_dense_blocks, name=f"layers_{i}")(x_BTD)
+            x_BTD = block(c, is_dense=i < c.num_dense_blocks, name=f"layers_{i}")(x_BTD)
         x_BTD = RMSNorm(c, name="norm")(x_BTD)
         kernel_DV = Head(c, name="head")()
 
@@ -276,7 +279,8 @@ class TokenAfterNext(nn.Module):
         # Equation 21 has them the other way round, the published checkpoint like this.
         halves = RMSNorm(c, name="next_norm")(next_BTD), RMSNorm(c, name="hidden_norm")(x_BTD)
         x_BTD = dense(c, "join", c.model_width)(jnp.concatenate(halves, axis=-1))
-        return RMSNorm(c, name="norm")(Block(c, is_dense=False, name="block")(x_BTD))
+        block = nn.remat(Block) if c.remat else Block
+        return RMSNorm(c, name="norm")(block(c, is_dense=False, name="block")(x_BTD))
 
 
 def training_loss(

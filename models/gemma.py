@@ -42,6 +42,7 @@ class GemmaConfig:
       logit_soft_cap: bounds the logits, likewise.
       local_rope_theta: takes the place of rope_theta in local blocks.
       rope_slower: divides the angles of global blocks.
+      remat: the backward has only what goes into a block, and computes the rest again.
     """
 
     generation: int
@@ -62,6 +63,7 @@ class GemmaConfig:
     norm_epsilon: float = 1e-6
     dtype: DTypeLike = jnp.bfloat16
     param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if self.generation not in _GLOBAL_EVERY:
@@ -315,8 +317,9 @@ class Gemma(nn.Module):
         )
         # The factor is rounded to dtype, as it was in training: 55.5 for the square root of 3072.
         x_BTD = embed(tokens_BT) * jnp.asarray(c.model_width**0.5, c.dtype)
+        block = nn.remat(Block) if c.remat else Block
         for i in range(c.num_blocks):
-            x_BTD = Block(c, c.is_local(i), name=f"layers_{i}")(x_BTD)
+            x_BTD = block(c, c.is_local(i), name=f"layers_{i}")(x_BTD)
         x_BTD = _norm(c, "norm")(x_BTD)
         kernel_DV = embed.embedding.T
         if before_head:

@@ -23,7 +23,10 @@ from models.parts.rope import rotate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama2Config:
-    """Widths and types of one LLaMA-2: computes in dtype, stores parameters in param_dtype."""
+    """Widths and types of one LLaMA-2: computes in dtype, stores parameters in param_dtype.
+
+    With remat, the backward has only what goes into a block, and computes the rest again.
+    """
 
     vocab_size: int
     model_width: int
@@ -35,6 +38,7 @@ class Llama2Config:
     rope_theta: float = 10_000.0
     dtype: DTypeLike = jnp.bfloat16
     param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if self.model_width % (2 * self.num_heads):
@@ -147,8 +151,9 @@ class Llama2(nn.Module):
         x_BTD = nn.Embed(
             c.vocab_size, c.model_width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed"
         )(tokens_BT)
+        block = nn.remat(Block) if c.remat else Block
         for i in range(c.num_blocks):
-            x_BTD = Block(c, name=f"layers_{i}")(x_BTD)
+            x_BTD = block(c, name=f"layers_{i}")(x_BTD)
         x_BTD = RMSNorm(c, name="norm")(x_BTD)
         kernel_DV = Head(c, name="head")()
         return (x_BTD, kernel_DV) if before_head else x_BTD @ kernel_DV.astype(c.dtype)

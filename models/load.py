@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from models.hugging_face.safetensors import DTYPES, Tensor, find_tensors
 from models.hugging_face.stored import Stored
-from models.registry import MODELS, Model
+from models.registry import MODELS, HuggingFace, Model
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NUM_SHOWN = 40  # of what is wrong with a checkpoint
@@ -88,20 +88,10 @@ def load(
     folder = pathlib.Path(folder)
     model, config = _read_config(folder / CONFIG, dtype=dtype, param_dtype=param_dtype)
     module, stored = model.module(config), model.hugging_face.stored_as(config)
-    types, tensors = parameter_types(module), _find_tensors(folder)
-    unread = tensors.keys() - {name for each in stored.values() for name in each.names}
-    wrong = [
-        *(line for path in stored for line in _wrong(stored[path], types[path].shape, tensors)),
-        *(
-            f"nothing reads {name}"
-            for name in sorted(unread)
-            if not any(re.fullmatch(known, name) for known in model.hugging_face.UNREAD)
-        ),
-    ]
-    if wrong:
-        more = [f"and {len(wrong) - NUM_SHOWN} more"] if len(wrong) > NUM_SHOWN else []
-        lines = "\n  ".join([*wrong[:NUM_SHOWN], *more])
-        raise ValueError(f"the tensors in {folder} are not those of its {CONFIG}:\n  {lines}")
+    prefix, found = model.hugging_face.PREFIX, _find_tensors(folder)
+    types = parameter_types(module)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    _check_tensors(folder, model.hugging_face, stored, types, tensors)
     leaves = {
         path: Parameter(
             shape=each.shape,
@@ -120,6 +110,34 @@ def parameter_types(module: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)  # of any length
     params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
     return traverse_util.flatten_dict(params, sep="/")
+
+
+def _check_tensors(
+    folder: pathlib.Path,
+    form: HuggingFace,
+    stored: Mapping[str, Stored],
+    types: Mapping[str, jax.ShapeDtypeStruct],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Raise a ValueError that says all that is wrong with the tensors of a checkpoint."""
+    unread = tensors.keys() - {name for each in stored.values() for name in each.names}
+    wrong = [
+        *(line for path in stored for line in _wrong(stored[path], types[path].shape, tensors)),
+        *(
+            f"nothing reads {name}"
+            for name in sorted(unread)
+            if not any(re.fullmatch(known, name) for known in form.UNREAD)
+        ),
+    ]
+    if wrong:
+        more = [f"and {len(wrong) - NUM_SHOWN} more"] if len(wrong) > NUM_SHOWN else []
+        advice = [
+            text
+            for pattern, text in form.ADVICE.items()
+            if any(re.fullmatch(pattern, line) for line in wrong)
+        ]
+        lines = "\n  ".join([*wrong[:NUM_SHOWN], *more, *advice])
+        raise ValueError(f"the tensors in {folder} are not those of its {CONFIG}:\n  {lines}")
 
 
 def _wrong(stored: Stored, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -147,11 +165,21 @@ def _read_config(file: pathlib.Path, **types: DTypeLike) -> tuple[Model, Any]:
     if kind not in known:
         raise ValueError(f"{file} has model_type {kind}; known are {', '.join(sorted(known))}")
     try:
-        return known[kind], known[kind].hugging_face.read_config(stored, **types)
+        config = known[kind].hugging_face.read_config(stored, **types)
+        _check_numbers(config)
+        return known[kind], config
     except KeyError as error:
         raise ValueError(f"{file} has no {error}, which a {kind} needs") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _check_numbers(config: Any) -> None:
+    """Raise a ValueError if what has to be a number is none."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, float) and not isinstance(value, int | float):
+            raise ValueError(f"{field.name} is {value!r}; write a number")
 
 
 def _find_tensors(folder: pathlib.Path) -> dict[str, Tensor]:

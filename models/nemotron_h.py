@@ -24,7 +24,8 @@ from models.parts.norm import RMSNorm
 class NemotronHConfig:
     """Widths and types of one Nemotron-H: computes in dtype, stores parameters in param_dtype.
 
-    `pattern` has a letter for each layer: M a Mamba-2 mixer, * attention, - an MLP.
+    `pattern` has a letter for each layer: M a Mamba-2 mixer, * attention, - an MLP. With remat, the
+    backward has only what goes into a layer, and computes the rest again.
     """
 
     vocab_size: int
@@ -43,6 +44,7 @@ class NemotronHConfig:
     norm_epsilon: float = 1e-5
     dtype: DTypeLike = jnp.bfloat16
     param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.pattern) - set(MIXERS):
@@ -222,8 +224,9 @@ class NemotronH(nn.Module):
         x_BTD = nn.Embed(
             c.vocab_size, c.model_width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed"
         )(tokens_BT)
+        layer = nn.remat(Layer) if c.remat else Layer
         for i, letter in enumerate(c.pattern):
-            x_BTD = Layer(c, letter, name=f"layers_{i}")(x_BTD)
+            x_BTD = layer(c, letter, name=f"layers_{i}")(x_BTD)
         x_BTD = RMSNorm(c, name="norm")(x_BTD)
         kernel_DV = Head(c, name="head")()
         return (x_BTD, kernel_DV) if before_head else x_BTD @ kernel_DV.astype(c.dtype)

@@ -44,15 +44,22 @@ def _deepseek_loss(config: deepseek.DeepSeekConfig) -> Loss:
 class HuggingFace(Protocol):
     """How checkpoints of a model look: a module of `models.hugging_face`.
 
-    MODEL_TYPES are its names in config.json; UNREAD are regular expressions of tensors that
-    published checkpoints may have beside those of `stored_as`.
+    MODEL_TYPES are its names in config.json. Tensors may have PREFIX before their names. UNREAD are
+    regular expressions of those that published checkpoints may have beside those of `stored_as`.
+    ADVICE is what helps, by regular expressions of what can be wrong with the tensors.
     """
 
     @property
     def MODEL_TYPES(self) -> tuple[str, ...]: ...
 
     @property
+    def PREFIX(self) -> str: ...
+
+    @property
     def UNREAD(self) -> tuple[str, ...]: ...
+
+    @property
+    def ADVICE(self) -> Mapping[str, str]: ...
 
     def read_config(self, stored: Mapping[str, Any], **types: Any) -> Any: ...
 

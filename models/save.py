@@ -17,10 +17,19 @@ from jax.experimental import multihost_utils
 
 from models.hugging_face.safetensors import DTYPES, write_tensors
 from models.hugging_face.stored import Stored
-from models.load import CONFIG, INDEX, WHOLE, parameter_types
+from models.load import CONFIG, INDEX, NUM_SHOWN, WHOLE, parameter_types
 from models.registry import MODELS
 
 SHARD_BYTES = 5 * 10**9
+# What a checkpoint has beside the model, and what its config.json says and our configs do not.
+BESIDE = (
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "chat_template*",
+    "generation_config.json",
+)
+KEPT = "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"
 
 
 def save(
@@ -28,6 +37,7 @@ def save(
     module: nn.Module,
     params: Mapping[str, Any],
     *,
+    like: str | pathlib.Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a Hugging Face checkpoint: config.json, and one safetensors file or several.
@@ -43,14 +53,18 @@ def save(
       folder: of the checkpoint; must not exist yet, or be empty.
       module: one of the classes in `MODELS`, or derived from one, with its config.
       params: its parameters, arrays of any kind, such as those of a training state.
+      like: the checkpoint that was loaded. What its config.json says of special tokens and of the
+        longest context is kept, and its tokenizer and its settings for generation are copied.
       shard_bytes: at most so many are in a file, unless a single tensor has more.
 
     Raises:
-      ValueError: the folder holds something; the module is of no such class; leaves are missing,
-        unknown, of other shapes, of a type that is not stored, or spread over processes (all are
-        named).
+      ValueError: the folder holds something; shard_bytes is not positive; the module is of no such
+        class; leaves are missing, unknown, of other shapes, of a type that is not stored, or spread
+        over processes (forty are named).
     """
     folder = pathlib.Path(folder).resolve()
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes is {shard_bytes}; make it 1 or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} holds something already; name a new folder")
     model = next((model for model in MODELS.values() if isinstance(module, model.module)), None)
@@ -63,10 +77,13 @@ def save(
     files = _plan(stored, leaves, writers, shard_bytes)
     own = {path: stored[path] for path in stored if writers[path] == jax.process_index()}
     dtype = np.dtype(leaves["embed/embedding"].dtype).name
-    texts = {CONFIG: model.hugging_face.write_config(module.config) | {"torch_dtype": dtype}}
+    kept = {} if like is None else _kept(json.loads((pathlib.Path(like) / CONFIG).read_text()))
+    written = model.hugging_face.write_config(module.config) | {"torch_dtype": dtype}
+    texts = {CONFIG: kept | written}
     if len(files) > 1:
         texts[INDEX] = _index(files)
-    _write(folder, files, _tensors(own, leaves), texts)
+    beside = [] if like is None else [x for each in BESIDE for x in pathlib.Path(like).glob(each)]
+    _write(folder, files, _tensors(own, leaves), texts, beside)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +111,9 @@ def _check(leaves: Mapping[str, Any], types: Mapping[str, jax.ShapeDtypeStruct])
         if not _holders(leaf):
             wrong.append(f"{path} is spread over processes, of which none holds all of it")
     if wrong:
-        lines = "\n  ".join(sorted(wrong))
-        raise ValueError(f"these parameters are not those of a whole model:\n  {lines}")
+        more = [f"and {len(wrong) - NUM_SHOWN} more"] if len(wrong) > NUM_SHOWN else []
+        lines = "\n  ".join([*sorted(wrong)[:NUM_SHOWN], *more])
+        raise ValueError(f"these are not the parameters of this model:\n  {lines}")
 
 
 def _holders(leaf: Any) -> set[int]:
@@ -157,8 +175,9 @@ def _write(
     files: Sequence[_File],
     tensors: Iterator[np.ndarray],
     texts: Mapping[str, Any],
+    beside: Sequence[pathlib.Path],
 ) -> None:
-    """Write the files of this process, which `tensors` are for, and in process 0 the JSON files."""
+    """Write the files of this process, which `tensors` are for, and in process 0 all others."""
     me = jax.process_index()
     # Of this run alone: another may write beside.
     run = int(multihost_utils.broadcast_one_to_all(np.int32(os.getpid())))
@@ -175,8 +194,16 @@ def _write(
     if me == 0:
         for name, content in texts.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        for path in beside:
+            shutil.copy(path, partial)
         partial.rename(folder)
     multihost_utils.sync_global_devices("the checkpoint is complete")
+
+
+def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says of `KEPT`."""
+    text = config | config.get("text_config", {})
+    return {key: text[key] for key in KEPT if key in text}
 
 
 def _nbytes(each: jax.ShapeDtypeStruct) -> int:

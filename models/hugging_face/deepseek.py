@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from models.deepseek import DeepSeekConfig
 from models.hugging_face.fixed import check_fixed
@@ -11,8 +11,16 @@ from models.hugging_face.stored import Stored
 from models.parts.mla import Yarn
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+PREFIX = ""
 # Copies of the main model's in the block that predicts the token after the next.
 UNREAD = (r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight",)
+ADVICE: Mapping[str, str] = MappingProxyType(
+    {
+        r"model\.layers\.\d+\.eh_proj\.weight is missing": (
+            "set num_nextn_predict_layers to 0 in the config.json to load the main model alone"
+        )
+    }
+)
 
 # What a config.json can say otherwise, and our model cannot.
 FIXED: Mapping[str, Any] = MappingProxyType(
@@ -20,6 +28,7 @@ FIXED: Mapping[str, Any] = MappingProxyType(
         "hidden_act": "silu",
         "attention_bias": False,
         "moe_layer_freq": 1,
+        "rope_interleave": True,
         "tie_word_embeddings": False,
     }
 )
@@ -31,8 +40,10 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> DeepSeekConfig:
     Raises:
       ValueError: it asks for what neither V2-Lite nor V3 has, in routing or in YaRN, say.
     """
-    check_fixed(stored, FIXED)
     is_v3 = stored["model_type"] == "deepseek_v3"
+    scoring: Literal["softmax", "sigmoid"] = "sigmoid" if is_v3 else "softmax"
+    # rope_parameters are where later files have rope_theta.
+    check_fixed(stored, {**FIXED, "scoring_func": scoring, "rope_parameters": None})
     # The published config.json of V3 has it, one that transformers writes may not.
     method = stored.get("topk_method", "noaux_tc" if is_v3 else "greedy")
     if method != ("noaux_tc" if is_v3 else "greedy") or stored["norm_topk_prob"] != is_v3:
@@ -57,7 +68,7 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> DeepSeekConfig:
         num_experts=stored["n_routed_experts"],
         num_shared_experts=stored["n_shared_experts"],
         experts_per_token=stored["num_experts_per_tok"],
-        scoring="sigmoid" if is_v3 else "softmax",
+        scoring=scoring,
         num_groups=stored["n_group"] if is_v3 else 1,
         groups_per_token=stored["topk_group"] if is_v3 else 1,
         routed_scale=stored["routed_scaling_factor"],

@@ -1,14 +1,36 @@
-"""Gemma 1, 2 and 3 as Hugging Face stores them (of Gemma 3 the text model alone)."""
+"""Gemma 1, 2 and 3 as Hugging Face stores them.
+
+Of Gemma 3 the larger sizes are stored together with what sees images; the text model is read.
+"""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from models.gemma import GemmaConfig
+from models.hugging_face.fixed import check_fixed
 from models.hugging_face.stored import Stored
 
-MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")  # by generation, from 1
-UNREAD = (r"lm_head\.weight",)  # the embedding once more
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
+PREFIX = "language_model."
+# The embedding once more, and what sees images.
+UNREAD = (r"lm_head\.weight", r"vision_tower\..*", r"multi_modal_projector\..*")
+ADVICE: Mapping[str, str] = MappingProxyType({})
 _ARCHITECTURES = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
+
+# What the published files of type "gemma3" leave out: the defaults of transformers.
+_TEXT_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "rms_norm_eps": 1e-6,
+    }
+)
 
 
 def read_config(stored: Mapping[str, Any], **types: Any) -> GemmaConfig:
@@ -19,6 +41,8 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> GemmaConfig:
     Raises:
       ValueError: the file asks for what no Gemma of its generation has.
     """
+    if stored["model_type"] == "gemma3":
+        stored = {**_TEXT_DEFAULTS, **stored["text_config"], "model_type": "gemma3_text"}
     config = GemmaConfig(
         generation=MODEL_TYPES.index(stored["model_type"]) + 1,
         vocab_size=stored["vocab_size"],
@@ -40,16 +64,14 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> GemmaConfig:
     )
     fixed = {
         "layer_types": _layer_types(config),
+        "sliding_window_pattern": 6,  # of Gemma 3, before there were layer_types
         "rope_scaling": _rope_scaling(config),
+        "rope_parameters": None,  # where later files have rope_theta
         "attention_bias": False,
         "tie_word_embeddings": True,
         "use_bidirectional_attention": False,
     }
-    for key, value in fixed.items():
-        if stored.get(key, value) != value:
-            raise ValueError(
-                f"{key} is {stored[key]}, but Gemma {config.generation} is built with {value} only"
-            )
+    check_fixed(stored, fixed)
     return config
 
 

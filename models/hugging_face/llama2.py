@@ -9,7 +9,9 @@ from models.hugging_face.stored import Stored
 from models.llama2 import Llama2Config
 
 MODEL_TYPES = ("llama",)
+PREFIX = ""
 UNREAD = (r".*\.rotary_emb\.inv_freq",)  # computed, in early files stored
+ADVICE: Mapping[str, str] = MappingProxyType({})
 
 # What a config.json can say otherwise, and our model cannot.
 FIXED: Mapping[str, Any] = MappingProxyType(

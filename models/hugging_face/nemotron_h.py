@@ -10,7 +10,9 @@ from models.hugging_face.stored import Stored
 from models.nemotron_h import NemotronHConfig
 
 MODEL_TYPES = ("nemotron_h",)
+PREFIX = ""
 UNREAD: tuple[str, ...] = ()
+ADVICE: Mapping[str, str] = MappingProxyType({})
 
 # What a config.json can say otherwise, and our model cannot.
 FIXED: Mapping[str, Any] = MappingProxyType(

@@ -296,6 +296,10 @@ NAMES = [
             ["config.json is of a quantized model, {'quant_method': 'fp8'}; convert it"],
         ),
         (change_config(hidden_size="32"), ["config.json: not all arguments converted"]),
+        (
+            change_config(rms_norm_eps="1e-5"),
+            ["norm_epsilon is '1e-5'; write a number"],
+        ),
         (change_config(rope_scaling={"rope_type": "llama3"}), ["config.json: rope_scaling is {"]),
         (change_config(rope_parameters={"rope_theta": 5e5}), ["config.json: rope_parameters is {"]),
         (change_config(head_dim=16), ["head_dim is 16 in the config.json; only 8 is supported"]),
@@ -368,6 +372,69 @@ def test_what_published_checkpoints_have_beside_is_not_read(name, config, unread
     assert_equal(read(load(folder).params), params)
 
 
+@small.with_transformers
+def test_the_text_model_is_read_from_one_that_sees_images(tmp_path):
+    """Of Gemma 3, as its sizes from 4B on are published."""
+    transformers = small.import_transformers()
+    written = MODELS["gemma"].hugging_face.write_config(small.GEMMA[3])
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    seeing = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config=transformers.Gemma3TextConfig(**written), vision_config=vision
+        )
+    )
+    seeing.save_pretrained(tmp_path / "seeing")
+    assert json.loads((tmp_path / "seeing/config.json").read_text())["model_type"] == "gemma3"
+    loaded = load(tmp_path / "seeing")
+    assert loaded.module.config == small.GEMMA[3]
+    save(tmp_path / "text", loaded.module, loaded.params)
+    text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    for name, tensor in text.state_dict().items():
+        if name != "lm_head.weight":
+            theirs = seeing.state_dict()["model.language_" + name]
+            np.testing.assert_array_equal(tensor, theirs, err_msg=name)
+
+
+def test_what_the_published_files_leave_out_is_the_default():
+    """All that the config.json of Gemma 3 4B says of its text model."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    family = MODELS["gemma"]
+    config = family.hugging_face.read_config({"model_type": "gemma3", "text_config": text})
+    assert config == dataclasses.replace(family.sizes["3-4B"], vocab_size=262_208)
+
+
+def test_what_stands_beside_a_checkpoint_is_kept(tmp_path):
+    folder, module = tmp_path / "saved", MODELS["llama2"].module(small.LLAMA2)
+    save(folder, module, random_params(module))
+    change_config(bos_token_id=7, max_position_embeddings=4096, vocab_size=256)(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "notes.txt").write_text("ours")
+    save(tmp_path / "again", module, load(folder).params, like=folder)
+    assert files(tmp_path / "again") == ["config.json", "model.safetensors", "tokenizer.json"]
+    configs = [json.loads((tmp_path / x / "config.json").read_text()) for x in ("saved", "again")]
+    assert configs[0] == configs[1]
+
+
+def test_a_main_model_alone_is_asked_for(tmp_path):
+    """As transformers writes V3, which reads no more of it."""
+    module = MODELS["deepseek"].module(small.DEEPSEEK_V3)
+    save(tmp_path / "saved", module, random_params(module))
+    change_config(num_nextn_predict_layers=1)(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"set num_nextn_predict_layers to 0 in the config\.json"):
+        load(tmp_path / "saved")
+    change_config(num_nextn_predict_layers=0)(tmp_path / "saved")
+    assert load(tmp_path / "saved").module == module
+
+
 def test_the_first_files_of_llama_say_less(tmp_path):
     folder, module = tmp_path / "saved", MODELS["llama2"].module(small.LLAMA2)
     save(folder, module, random_params(module))
@@ -395,7 +462,7 @@ def test_what_cannot_be_saved_is_said(deep, tmp_path):
     with pytest.raises(ValueError) as raised:
         save(tmp_path / "saved", module, wrong)
     assert str(raised.value).splitlines() == [
-        "these parameters are not those of a whole model:",
+        "these are not the parameters of this model:",
         "  embed/embedding has shape (255, 64), in the model (256, 64)",
         "  embed/embedding is of type int32; use one of float32, float16, bfloat16",
         "  norm/scale is missing",
