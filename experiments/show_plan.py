@@ -14,30 +14,19 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
+from experiments.chosen_model import MODEL, SIZE
 from models import MODELS
 from passes import PROGRAM_PASSES, jaxprs
 from passes.layers import LayerGraph, find_layers
 from passes.runner import Dump, run
 from passes.trace import trace
 
-SIZES = sorted({size for model in MODELS.values() for size in model.sizes})
-
-MODEL = flags.DEFINE_enum("model", "llama2", sorted(MODELS), "Which model.")
-SIZE = flags.DEFINE_enum("size", "tiny", SIZES, "Which of its sizes.")
 MICROBATCH_SIZE = flags.DEFINE_integer(
     "microbatch_size", 1, "Sequences in a microbatch.", lower_bound=1
 )
 SEQUENCE_LENGTH = flags.DEFINE_integer(
     "sequence_length", 4096, "Tokens predicted in each sequence.", lower_bound=1
 )
-
-
-@flags.multi_flags_validator(["model", "size"])
-def _has_size(values: dict[str, Any]) -> bool:
-    sizes = MODELS[values["model"]].sizes
-    if values["size"] not in sizes:
-        raise flags.ValidationError(f"the model has no such size; use {', '.join(sizes)}")
-    return True
 
 
 def main(argv: list[str]) -> None:

@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 import jaxptis
 from experiments import distributed
+from experiments.chosen_model import MODEL, SIZE
 from experiments.corpus import Corpus, as_bytes, load_corpus, sample_batch, spread_batches
 from experiments.report import History, report
 from experiments.tokenizer import read_tokenizer
@@ -28,12 +29,9 @@ from models import MODELS, Model
 from models.load import load
 from models.save import save
 
-SIZES = sorted({size for model in MODELS.values() for size in model.sizes})
 NUM_EVALUATIONS = 10
 NUM_EVALUATION_BATCHES = 4
 
-MODEL = flags.DEFINE_enum("model", "llama2", sorted(MODELS), "What to train.")
-SIZE = flags.DEFINE_enum("size", "tiny", SIZES, "Which of the model's sizes.")
 LOAD = flags.DEFINE_string(
     "load", None, "Folder of a Hugging Face checkpoint to go on from, in place of a model and size."
 )
@@ -83,14 +81,6 @@ SETTINGS = (
     LEARNING_RATE,
     SEED,
 )
-
-
-@flags.multi_flags_validator(["model", "size"])
-def _has_size(values: dict[str, Any]) -> bool:
-    sizes = MODELS[values["model"]].sizes
-    if values["size"] not in sizes:
-        raise flags.ValidationError(f"the model has no such size; use {', '.join(sizes)}")
-    return True
 
 
 @flags.multi_flags_validator(

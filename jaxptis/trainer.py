@@ -16,6 +16,8 @@ from jaxptis.pipelined import Pipelined
 from jaxptis.plan import Plan
 from jaxptis.train_step import TrainState, TrainStep
 
+NUM_SHOWN = 10  # of what is wrong with parameters
+
 
 class Trainer:
     """Trains a model; the `trainer` of a decorated Flax module makes it."""
@@ -154,9 +156,10 @@ def _check_like(params: Any, wanted: Any) -> None:
         ),
     ]
     if wrong:
+        shown = sorted(wrong)[:NUM_SHOWN] + [f"{len(wrong)} in all"] * (len(wrong) > NUM_SHOWN)
         raise ValueError(
-            f"these are not the parameters of this model: {'; '.join(sorted(wrong))}; pass a tree "
-            "like module.init(...)['params']"
+            f"these are not the parameters of this model: {'; '.join(shown)}; pass a tree like "
+            "module.init(...)['params']"
         )
 
 

@@ -293,7 +293,8 @@ def training_loss(
     """Returns what DeepSeek is trained on, and next_token_loss, its first term, by itself.
 
     Added to it are the balance losses of all layers with experts, and the cross-entropy of the
-    tokens after the next, each with its weight (arXiv 2412.19437, equations 17 and 25). The biases
+    tokens after the next, each with its weight (arXiv 2412.19437, equations 17 and 25); that is a
+    mean over the T - 1 positions that have one, where equation 24 divides by T. The biases
     of routers have no gradients but what `steer_biases` reads: wrap the optimizer in it.
 
     Args:

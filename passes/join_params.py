@@ -31,7 +31,8 @@ def join_params(program: Program, read: Iterable[Collection[int]]) -> Program:
         return program
     sources = program.sources
     boxes = {parts[0]: [sources[p].box for p in parts] for parts in joined}
-    kept = [p for p in range(len(sources)) if p not in {p for _, *more in joined for p in more}]
+    dropped = {p for parts in joined for p in parts[1:]}
+    kept = [p for p in range(len(sources)) if p not in dropped]
     avals = {parts[0]: leaf for parts, leaf in zip(program.leaves, program.leaf_avals, strict=True)}
     params = [
         avals[p] if p in boxes else aval

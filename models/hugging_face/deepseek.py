@@ -1,13 +1,12 @@
 """DeepSeek-V2-Lite and V3 as Hugging Face stores them."""
 
-import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
 from models.deepseek import DeepSeekConfig
 from models.hugging_face.fixed import check_fixed
-from models.hugging_face.stored import Stored
+from models.hugging_face.stored import Stored, kernel, plain
 from models.parts.mla import Yarn
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
@@ -155,19 +154,19 @@ def stored_as(config: DeepSeekConfig) -> dict[str, Stored]:
     """Return where each parameter is, by its path."""
     after_next = f"model.layers.{config.num_blocks}"
     embed_copies, head_copies = (
-        (f"{after_next}.{name}.weight",) if config.after_next else ()
+        (f"{after_next}.{name}",) if config.after_next else ()
         for name in ("embed_tokens", "shared_head.head")
     )
     found = {
-        "embed/embedding": Stored(names=("model.embed_tokens.weight",), copies=embed_copies),
-        "norm/scale": Stored(names=("model.norm.weight",)),
-        "head/kernel": dataclasses.replace(_kernel("lm_head"), copies=head_copies),
+        "embed/embedding": plain("model.embed_tokens", copies=embed_copies),
+        "norm/scale": plain("model.norm"),
+        "head/kernel": kernel("lm_head", copies=head_copies),
     }
     if config.after_next:
         found |= _block(config, "after_next/block", after_next, is_dense=False)
-        found["after_next/join/kernel"] = _kernel(f"{after_next}.eh_proj")
+        found["after_next/join/kernel"] = kernel(f"{after_next}.eh_proj")
         for ours, theirs in _NORMS_AFTER_NEXT.items():
-            found[f"after_next/{ours}/scale"] = Stored(names=(f"{after_next}.{theirs}.weight",))
+            found[f"after_next/{ours}/scale"] = plain(f"{after_next}.{theirs}")
     for i in range(config.num_blocks):
         is_dense = i < config.num_dense_blocks
         found |= _block(config, f"layers_{i}", f"model.layers.{i}", is_dense=is_dense)
@@ -182,7 +181,7 @@ _NORMS_AFTER_NEXT: Mapping[str, str] = MappingProxyType(
 
 def _block(config: DeepSeekConfig, ours: str, theirs: str, *, is_dense: bool) -> dict[str, Stored]:
     kind = "mlp" if is_dense else "experts"
-    norm = Stored(names=(f"{theirs}.post_attention_layernorm.weight",))
+    norm = plain(f"{theirs}.post_attention_layernorm")
     found = _attention(config, f"{ours}/attention", theirs) | {f"{ours}/{kind}/norm/scale": norm}
     if is_dense:
         return found | _mlp(f"{ours}/mlp", f"{theirs}.mlp")
@@ -192,37 +191,33 @@ def _block(config: DeepSeekConfig, ours: str, theirs: str, *, is_dense: bool) ->
 def _attention(config: DeepSeekConfig, ours: str, block: str) -> dict[str, Stored]:
     theirs = f"{block}.self_attn"
     found = {
-        f"{ours}/norm/scale": Stored(names=(f"{block}.input_layernorm.weight",)),
-        f"{ours}/kv_down/kernel": _kernel(f"{theirs}.kv_a_proj_with_mqa"),
-        f"{ours}/kv_norm/scale": Stored(names=(f"{theirs}.kv_a_layernorm.weight",)),
-        f"{ours}/kv_up/kernel": _kernel(f"{theirs}.kv_b_proj"),
-        f"{ours}/out/kernel": _kernel(f"{theirs}.o_proj", num_inputs=2),
+        f"{ours}/norm/scale": plain(f"{block}.input_layernorm"),
+        f"{ours}/kv_down/kernel": kernel(f"{theirs}.kv_a_proj_with_mqa"),
+        f"{ours}/kv_norm/scale": plain(f"{theirs}.kv_a_layernorm"),
+        f"{ours}/kv_up/kernel": kernel(f"{theirs}.kv_b_proj"),
+        f"{ours}/out/kernel": kernel(f"{theirs}.o_proj", num_inputs=2),
     }
     if config.query_rank is None:
-        return found | {f"{ours}/query/kernel": _kernel(f"{theirs}.q_proj")}
+        return found | {f"{ours}/query/kernel": kernel(f"{theirs}.q_proj")}
     return found | {
-        f"{ours}/query_down/kernel": _kernel(f"{theirs}.q_a_proj"),
-        f"{ours}/query_norm/scale": Stored(names=(f"{theirs}.q_a_layernorm.weight",)),
-        f"{ours}/query_up/kernel": _kernel(f"{theirs}.q_b_proj"),
+        f"{ours}/query_down/kernel": kernel(f"{theirs}.q_a_proj"),
+        f"{ours}/query_norm/scale": plain(f"{theirs}.q_a_layernorm"),
+        f"{ours}/query_up/kernel": kernel(f"{theirs}.q_b_proj"),
     }
 
 
 def _experts(config: DeepSeekConfig, ours: str, theirs: str) -> dict[str, Stored]:
     found = _mlp(f"{ours}/shared", f"{theirs}.shared_experts")
-    found[f"{ours}/router/kernel"] = _kernel(f"{theirs}.gate")
+    found[f"{ours}/router/kernel"] = kernel(f"{theirs}.gate")
     if config.scoring == "sigmoid":
         found[f"{ours}/router/bias"] = Stored(names=(f"{theirs}.gate.e_score_correction_bias",))
     for part in ("gate", "up", "down"):
         names = [f"{theirs}.experts.{e}.{part}_proj" for e in range(config.num_experts)]
-        found[f"{ours}/routed/{part}"] = _kernel(*names)
+        found[f"{ours}/routed/{part}"] = kernel(*names)
     return found
 
 
 def _mlp(ours: str, theirs: str) -> dict[str, Stored]:
     return {
-        f"{ours}/{part}/kernel": _kernel(f"{theirs}.{part}_proj") for part in ("gate", "up", "down")
+        f"{ours}/{part}/kernel": kernel(f"{theirs}.{part}_proj") for part in ("gate", "up", "down")
     }
-
-
-def _kernel(*names: str, num_inputs: int = 1) -> Stored:
-    return Stored(names=tuple(f"{name}.weight" for name in names), num_inputs=num_inputs)

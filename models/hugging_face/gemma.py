@@ -9,7 +9,7 @@ from typing import Any
 
 from models.gemma import GemmaConfig
 from models.hugging_face.fixed import check_fixed
-from models.hugging_face.stored import Stored
+from models.hugging_face.stored import Stored, kernel, plain
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 PREFIX = "language_model."
@@ -114,32 +114,32 @@ def stored_as(config: GemmaConfig) -> dict[str, Stored]:
     # Gemma 1 has no norm behind attention, and what is before its MLP is called "post_attention".
     before_mlp = "post_attention" if config.generation == 1 else "pre_feedforward"
     found = {
-        "embed/embedding": Stored(names=("model.embed_tokens.weight",)),
-        "norm/scale": Stored(names=("model.norm.weight",)),
+        "embed/embedding": plain("model.embed_tokens"),
+        "norm/scale": plain("model.norm"),
     }
     for i in range(config.num_blocks):
         ours, theirs = f"layers_{i}", f"model.layers.{i}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
         found |= {
-            f"{ours}/attention/norm/scale": _scale(f"{theirs}.input_layernorm"),
-            f"{ours}/attention/query/kernel": _kernel(f"{attention}.q_proj"),
-            f"{ours}/attention/key/kernel": _kernel(f"{attention}.k_proj"),
-            f"{ours}/attention/value/kernel": _kernel(f"{attention}.v_proj"),
-            f"{ours}/attention/out/kernel": _kernel(f"{attention}.o_proj", num_inputs=2),
-            f"{ours}/mlp/norm/scale": _scale(f"{theirs}.{before_mlp}_layernorm"),
-            f"{ours}/mlp/gate/kernel": _kernel(f"{mlp}.gate_proj"),
-            f"{ours}/mlp/up/kernel": _kernel(f"{mlp}.up_proj"),
-            f"{ours}/mlp/down/kernel": _kernel(f"{mlp}.down_proj"),
+            f"{ours}/attention/norm/scale": plain(f"{theirs}.input_layernorm"),
+            f"{ours}/attention/query/kernel": kernel(f"{attention}.q_proj"),
+            f"{ours}/attention/key/kernel": kernel(f"{attention}.k_proj"),
+            f"{ours}/attention/value/kernel": kernel(f"{attention}.v_proj"),
+            f"{ours}/attention/out/kernel": kernel(f"{attention}.o_proj", num_inputs=2),
+            f"{ours}/mlp/norm/scale": plain(f"{theirs}.{before_mlp}_layernorm"),
+            f"{ours}/mlp/gate/kernel": kernel(f"{mlp}.gate_proj"),
+            f"{ours}/mlp/up/kernel": kernel(f"{mlp}.up_proj"),
+            f"{ours}/mlp/down/kernel": kernel(f"{mlp}.down_proj"),
         }
         if config.generation >= 2:
             found |= {
-                f"{ours}/attention/post_norm/scale": _scale(f"{theirs}.post_attention_layernorm"),
-                f"{ours}/mlp/post_norm/scale": _scale(f"{theirs}.post_feedforward_layernorm"),
+                f"{ours}/attention/post_norm/scale": plain(f"{theirs}.post_attention_layernorm"),
+                f"{ours}/mlp/post_norm/scale": plain(f"{theirs}.post_feedforward_layernorm"),
             }
         if config.generation >= 3:
             found |= {
-                f"{ours}/attention/query_norm/scale": _scale(f"{attention}.q_norm"),
-                f"{ours}/attention/key_norm/scale": _scale(f"{attention}.k_norm"),
+                f"{ours}/attention/query_norm/scale": plain(f"{attention}.q_norm"),
+                f"{ours}/attention/key_norm/scale": plain(f"{attention}.k_norm"),
             }
     return found
 
@@ -152,11 +152,3 @@ def _layer_types(config: GemmaConfig) -> list[str]:
 def _rope_scaling(config: GemmaConfig) -> dict[str, Any] | None:
     slower = config.rope_slower
     return None if slower is None else {"rope_type": "linear", "factor": slower}
-
-
-def _scale(name: str) -> Stored:
-    return Stored(names=(f"{name}.weight",))
-
-
-def _kernel(name: str, *, num_inputs: int = 1) -> Stored:
-    return Stored(names=(f"{name}.weight",), num_inputs=num_inputs)

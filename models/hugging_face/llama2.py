@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from models.hugging_face.fixed import check_fixed
-from models.hugging_face.stored import Stored
+from models.hugging_face.stored import Stored, kernel, plain
 from models.llama2 import Llama2Config
 
 MODEL_TYPES = ("llama",)
@@ -69,26 +69,22 @@ def write_config(config: Llama2Config) -> dict[str, Any]:
 def stored_as(config: Llama2Config) -> dict[str, Stored]:
     """Return where each parameter is, by its path."""
     found = {
-        "embed/embedding": Stored(names=("model.embed_tokens.weight",)),
-        "norm/scale": Stored(names=("model.norm.weight",)),
-        "head/kernel": Stored(names=("lm_head.weight",), num_inputs=1),
+        "embed/embedding": plain("model.embed_tokens"),
+        "norm/scale": plain("model.norm"),
+        "head/kernel": kernel("lm_head"),
     }
     for i in range(config.num_blocks):
         ours, theirs = f"layers_{i}", f"model.layers.{i}"
         attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
         found |= {
-            f"{ours}/attention/norm/scale": Stored(names=(f"{theirs}.input_layernorm.weight",)),
-            f"{ours}/attention/query/kernel": _kernel(f"{attention}.q_proj"),
-            f"{ours}/attention/key/kernel": _kernel(f"{attention}.k_proj"),
-            f"{ours}/attention/value/kernel": _kernel(f"{attention}.v_proj"),
-            f"{ours}/attention/out/kernel": _kernel(f"{attention}.o_proj", num_inputs=2),
-            f"{ours}/mlp/norm/scale": Stored(names=(f"{theirs}.post_attention_layernorm.weight",)),
-            f"{ours}/mlp/gate/kernel": _kernel(f"{mlp}.gate_proj"),
-            f"{ours}/mlp/up/kernel": _kernel(f"{mlp}.up_proj"),
-            f"{ours}/mlp/down/kernel": _kernel(f"{mlp}.down_proj"),
+            f"{ours}/attention/norm/scale": plain(f"{theirs}.input_layernorm"),
+            f"{ours}/attention/query/kernel": kernel(f"{attention}.q_proj"),
+            f"{ours}/attention/key/kernel": kernel(f"{attention}.k_proj"),
+            f"{ours}/attention/value/kernel": kernel(f"{attention}.v_proj"),
+            f"{ours}/attention/out/kernel": kernel(f"{attention}.o_proj", num_inputs=2),
+            f"{ours}/mlp/norm/scale": plain(f"{theirs}.post_attention_layernorm"),
+            f"{ours}/mlp/gate/kernel": kernel(f"{mlp}.gate_proj"),
+            f"{ours}/mlp/up/kernel": kernel(f"{mlp}.up_proj"),
+            f"{ours}/mlp/down/kernel": kernel(f"{mlp}.down_proj"),
         }
     return found
-
-
-def _kernel(name: str, *, num_inputs: int = 1) -> Stored:
-    return Stored(names=(f"{name}.weight",), num_inputs=num_inputs)

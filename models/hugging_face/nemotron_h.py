@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from models.hugging_face.fixed import check_fixed
-from models.hugging_face.stored import Stored
+from models.hugging_face.stored import Stored, kernel, plain
 from models.nemotron_h import NemotronHConfig
 
 MODEL_TYPES = ("nemotron_h",)
@@ -87,13 +87,13 @@ def write_config(config: NemotronHConfig) -> dict[str, Any]:
 def stored_as(config: NemotronHConfig) -> dict[str, Stored]:
     """Return where each parameter is, by its path."""
     found = {
-        "embed/embedding": Stored(names=("backbone.embeddings.weight",)),
-        "norm/scale": Stored(names=("backbone.norm_f.weight",)),
-        "head/kernel": Stored(names=("lm_head.weight",), num_inputs=1),
+        "embed/embedding": plain("backbone.embeddings"),
+        "norm/scale": plain("backbone.norm_f"),
+        "head/kernel": kernel("lm_head"),
     }
     for i, letter in enumerate(config.pattern):
         name, parameters = _MIXERS[letter]
-        norm = Stored(names=(f"backbone.layers.{i}.norm.weight",))
+        norm = plain(f"backbone.layers.{i}.norm")
         found[f"layers_{i}/{name}/norm/scale"] = norm
         for ours, (theirs, num_inputs) in parameters.items():
             found[f"layers_{i}/{name}/{ours}"] = Stored(

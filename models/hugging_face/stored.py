@@ -44,3 +44,17 @@ class Stored:
         if self.num_inputs is None:
             return own
         return math.prod(own[self.num_inputs :]), math.prod(own[: self.num_inputs])
+
+
+def kernel(*names: str, num_inputs: int = 1, copies: tuple[str, ...] = ()) -> Stored:
+    """Return how a kernel is stored, or one of several experts, by the names of the layers."""
+    return Stored(names=_weights(names), num_inputs=num_inputs, copies=_weights(copies))
+
+
+def plain(name: str, copies: tuple[str, ...] = ()) -> Stored:
+    """Return how the scale of a norm is stored, or an embedding, by the name of the layer."""
+    return Stored(names=_weights([name]), copies=_weights(copies))
+
+
+def _weights(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{name}.weight" for name in names)

@@ -16,7 +16,8 @@ T = TypeVar("T")
 def grouped_dot(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Multiplies the first sizes_E[0] rows by w_EDF[0], the next sizes_E[1] by w_EDF[1], and so on.
 
-    This is jax.lax.ragged_dot. But that, on a CPU, multiplies all rows by all matrices.
+    This is jax.lax.ragged_dot. But that, on a CPU, multiplies all rows by all matrices; so where
+    CPUs are JAX's default, this has a loop over the groups.
     """
     if jax.default_backend() == "cpu":
         return _grouped_dot(x_AD, w_EDF, sizes_E)

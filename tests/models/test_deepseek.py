@@ -75,6 +75,9 @@ def test_a_written_config_is_read_as_the_same(config):
     [
         (V2, {"topk_method": "group_limited_greedy"}, "not supported; V2-Lite has 'greedy'"),
         (V3, {"norm_topk_prob": False}, "norm_topk_prob False"),
+        (V3, {"scoring_func": "softmax"}, "only 'sigmoid' is supported"),
+        (V3, {"rope_interleave": False}, "rope_interleave is False"),
+        (V2, {"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters is"),
         (
             V3,
             {"rope_scaling": {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 0.5}},

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from models import MODELS
+from tests.small_models import assert_close
 
 EVERY_SIZE = [(model, size) for model in MODELS for size in MODELS[model].sizes]
 
@@ -48,3 +49,26 @@ def test_computing_in_16_bits_changes_loss_and_gradients_little(name, lenient, c
     # bfloat16 rounds to 0.4 percent, some ten times in a row; some tokens choose other experts.
     np.testing.assert_allclose(loss, expected, rtol=0.02)
     assert np.linalg.norm(grads - expected_grads) < 0.2 * np.linalg.norm(expected_grads)
+
+
+def saved_bytes(loss_fn, params):
+    """What the backward is left by the forward, beside the parameters."""
+    backward = jax.eval_shape(lambda params: jax.vjp(loss_fn, params, has_aux=True)[1], params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_remat_saves_memory_and_changes_nothing(name, lenient, compiled_quickly):
+    model, config = MODELS[name], MODELS[name].sizes["tiny"]
+    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 18)).astype(np.int32)
+    batch = {"tokens": tokens_BT}
+    params = jax.jit(model.module(config).init)(jax.random.key(0), tokens_BT)["params"]
+
+    def loss_of(remat):
+        module = model.module(dataclasses.replace(config, remat=remat))
+        return lambda p: model.loss(config)(functools.partial(module.apply, {"params": p}), batch)
+
+    plain, again = loss_of(remat=False), loss_of(remat=True)
+    assert saved_bytes(again, params) < 0.8 * saved_bytes(plain, params)
+    expected, grads = (jax.jit(jax.grad(loss, has_aux=True))(params)[0] for loss in (plain, again))
+    assert_close(grads, expected, rtol=1e-5)
