@@ -21,7 +21,8 @@ def pytest_configure(config):
     config.compiled = tempfile.TemporaryDirectory(prefix="compiled-")
     settings = {
         "jax_compilation_cache_dir": config.compiled.name,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        # Not what compiles in no time: each write is a chance for a crash that jaxlib 0.10.2 had.
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
     }
     for name, value in settings.items():
         os.environ[name.upper()] = str(value)
