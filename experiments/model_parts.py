@@ -189,11 +189,15 @@ def compare(cases: Mapping[str, Case]) -> dict[str, dict[str, float]]:
         ]
     expected: tuple[np.ndarray, ...] | None = None
     for name, (forward, both) in runs.items():
-        found = np.asarray(forward()), np.asarray(both()[0])
+        # A GPU's tensor cores would round by more than what tells a wrong result.
+        with jax.default_matmul_precision("highest"):
+            found = np.asarray(forward()), np.asarray(both()[0])
         expected = expected or found
         for ours, theirs in zip(expected, found, strict=True):
             if not np.abs(ours - theirs).max() <= 1e-4 * np.abs(ours).max():
                 raise ValueError(f"results of {name} are not ours; compare them one by one")
+    for forward, both in runs.values():
+        jax.block_until_ready((forward(), both()))
     seconds = {name: np.zeros((NUM_REPETITIONS.value, 2)) for name in runs}
     for repetition in range(NUM_REPETITIONS.value):
         for name, both_runs in runs.items():

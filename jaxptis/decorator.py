@@ -63,7 +63,8 @@ def pipeline(
       cluster: what the devices can do; looked up by their kind if None.
       dump_to: folder for every form of the program on the way, as numbered text files.
       head_slices: parts of the vocabulary into which the matmul before a softmax cross-entropy is
-        cut, each a layer of its own, so that several stages can share a large head.
+        cut, each a layer of its own, so that several stages can share a large head. Of several
+        heads, such as DeepSeek-V3's for the next token and the one after, the last is cut.
 
     Raises:
       ValueError: an argument is out of range or of the wrong kind.

@@ -80,7 +80,8 @@ class Trainer:
         Args:
           params: what `init` of the linen module returns as "params". A leaf may be any object with
             a shape, a dtype and `__array__`, such as a tensor in a file: it is read by the
-            processes whose devices hold it, and dropped again before the next is read.
+            processes whose devices hold it, and dropped again before the next is read. It keeps its
+            dtype.
           batch: a pytree of arrays.
 
         Raises:

@@ -348,6 +348,18 @@ def test_what_is_wrong_with_a_checkpoint_is_said(spoil, complaints, tmp_path):
         assert complaint in str(raised.value)
 
 
+def test_the_index_says_in_which_file_a_tensor_is(deep, tmp_path):
+    """Another file may have one of that name, left over when a checkpoint was cut anew."""
+    folder, _, params = deep
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file_of = json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.norm.weight"
+    last = max(set(file_of.values()) - {file_of[name]})
+    tensors = load_file(copy / last)
+    save_file(tensors | {name: np.zeros_like(params["norm"]["scale"])}, copy / last)
+    assert_equal(read(load(copy).params), params)
+
+
 def test_a_missing_shard_is_said(deep, tmp_path):
     folder = shutil.copytree(deep[0], tmp_path / "copy")
     missing = next(folder.glob("model-00002-*"))
