@@ -1,5 +1,6 @@
 """Eight CPU devices, strict promotion, the quick tests first, and nothing compiled twice."""
 
+import gc
 import os
 import tempfile
 
@@ -21,8 +22,7 @@ def pytest_configure(config):
     config.compiled = tempfile.TemporaryDirectory(prefix="compiled-")
     settings = {
         "jax_compilation_cache_dir": config.compiled.name,
-        # Not what compiles in no time: each write is a chance for a crash that jaxlib 0.10.2 had.
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     for name, value in settings.items():
         os.environ[name.upper()] = str(value)
@@ -36,6 +36,22 @@ def pytest_unconfigure(config):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _any(LAST, item.nodeid) - _any(FIRST, item.nodeid))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """After each file drop what its tests have compiled.
+
+    Each program is several mappings of memory, of which Linux grants a process 65,530: with all
+    that a whole run compiles, jaxlib crashes.
+    """
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    for value in vars(item.module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 def _any(parts, name):
