@@ -1,8 +1,9 @@
 """The devices of a cluster and how fast they are."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol, Self
 
 
@@ -14,11 +15,15 @@ class DeviceSpec:
         kind: the name that JAX gives it (`device.device_kind`), or "cpu".
         flops_per_s: dense bfloat16 peak.
         bytes_per_s: peak of reading and writing its memory.
+        memory_bytes: that it has; None if that sets no limit.
+        speed: how fast it is beside the device that costs are of; 0.5 takes twice as long.
     """
 
     kind: str
     flops_per_s: float
     bytes_per_s: float
+    memory_bytes: int | None = None
+    speed: float = 1.0
 
     def __post_init__(self) -> None:
         for what, rate in ("flops_per_s", self.flops_per_s), ("bytes_per_s", self.bytes_per_s):
@@ -67,11 +72,31 @@ class _Device(Protocol):
     def device_kind(self) -> str: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """How long a transfer takes: `latency_s`, and its bytes over `bytes_per_s`."""
+
+    latency_s: float = 0.0
+    bytes_per_s: float = math.inf
+
+    def transfer_s(self, num_bytes: int) -> float:
+        """Return the seconds from the start of a transfer to its end."""
+        return self.latency_s + num_bytes / self.bytes_per_s
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """The devices of a pipeline, in order."""
+    """The devices of a pipeline, in order, and what connects them.
+
+    Attributes:
+        devices: each of them.
+        link: between any two of them, in each direction.
+        links: those that differ, by source and target.
+    """
 
     devices: tuple[DeviceSpec, ...]
+    link: Link = Link()
+    links: Mapping[tuple[int, int], Link] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if not self.devices:

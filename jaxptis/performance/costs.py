@@ -1,14 +1,22 @@
-"""What every layer costs, and what a device needs for given work."""
+"""What every layer costs of a device's time and memory, and what a device needs for given work."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 from jaxptis.cluster import DeviceSpec
+from jaxptis.plan.plan import Recompute
+
+Source = Literal["estimated", "measured", "given"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """Seconds that a layer takes for one microbatch.
+    """What a layer takes for one microbatch, and what lasts of it.
+
+    Seconds are those of a stage that recomputes what is cheap, as stages do unless told otherwise.
 
     Attributes:
         name: the layer's.
@@ -16,9 +24,18 @@ class LayerCost:
         backward_s: of a whole backward, B: its own figure, since splitting may have a price.
         input_grad_s: of the input gradient of a split backward, I.
         weight_grad_s: of the weight gradient of a split backward, W.
+        recompute_s: what B or I takes more in a stage that recomputes all.
+        input_bytes: of what the layer before hands on; its gradient takes as many.
+        saved_bytes: what the forward saves for the backward, its input not counted.
+        saved_all_bytes: likewise, in a stage that recomputes nothing.
+        kept_bytes: what I keeps for W.
+        param_bytes: of the parameters that no other layer reads.
+        grad_bytes: of the sums of their gradients.
+        state_bytes: of the optimizer's state of them.
+        temporary_bytes: the most that one of its programs needs beside all this.
 
     Raises:
-        ValueError: seconds are negative or not finite.
+        ValueError: a number is negative or not finite.
     """
 
     name: str
@@ -26,39 +43,124 @@ class LayerCost:
     backward_s: float
     input_grad_s: float
     weight_grad_s: float
+    recompute_s: float = 0.0
+    input_bytes: int = 0
+    saved_bytes: int = 0
+    saved_all_bytes: int = 0
+    kept_bytes: int = 0
+    param_bytes: int = 0
+    grad_bytes: int = 0
+    state_bytes: int = 0
+    temporary_bytes: int = 0
 
     def __post_init__(self) -> None:
-        for what in "forward_s", "backward_s", "input_grad_s", "weight_grad_s":
-            seconds = getattr(self, what)
-            if not (math.isfinite(seconds) and seconds >= 0):
-                raise ValueError(
-                    f"{what} of layer {self.name!r} is {seconds}; use finite seconds of 0 or more"
-                )
+        for each in fields(self):
+            if each.name != "name":
+                _check_number(each.name, getattr(self, each.name), f"layer {self.name!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiedParams:
+    """Parameters that several layers read, such as a tied embedding: once on each of their devices.
+
+    Attributes:
+        layers: the names of the layers.
+        param_bytes: of the parameters.
+        grad_bytes: of the sums of their gradients.
+        state_bytes: of the optimizer's state of them.
+
+    Raises:
+        ValueError: a number is negative or not finite.
+    """
+
+    layers: tuple[str, ...]
+    param_bytes: int
+    grad_bytes: int
+    state_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for name in "param_bytes", "grad_bytes", "state_bytes":
+            _check_number(name, getattr(self, name), f"what {', '.join(self.layers)} share")
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The costs of all layers in the order of the model."""
+    """The costs of all layers in the order of the model.
+
+    Attributes:
+        layers: of every layer.
+        tied: parameters that several layers read.
+        start_s: seconds that every task takes beside its layers, to start its program.
+        source: "estimated" from XLA's counts, "measured" on a device, or "given".
+        device: the kind of device that the seconds are of.
+        settings: what else they depend on (model, sequence length, dtype, ...), for people.
+
+    Raises:
+        ValueError: two layers have one name, or tied parameters are of a layer that is not there.
+    """
 
     layers: tuple[LayerCost, ...]
+    tied: tuple[TiedParams, ...] = ()
+    start_s: float = 0.0
+    source: Source = "given"
+    device: str = ""
+    settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
-    def task_s(self, stage_layers: range, kind: str) -> float:
+    def __post_init__(self) -> None:
+        names = [layer.name for layer in self.layers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two layers are called {name!r}; give each a name of its own")
+        for tied in self.tied:
+            for name in tied.layers:
+                if name not in names:
+                    raise ValueError(
+                        f"{', '.join(tied.layers)} share parameters, but there are no costs "
+                        f"of {name!r}; correct the name or add the layer"
+                    )
+        if self.source not in get_args(Source):
+            raise ValueError(
+                f"the source of costs is {self.source!r}; use one of {', '.join(get_args(Source))}"
+            )
+        _check_number("start_s", self.start_s, "the costs")
+
+    def task_s(self, stage_layers: range, kind: str, recompute: Recompute = "cheap") -> float:
         """Return the seconds of one task of a stage that holds the layers of these indices.
 
         Raises:
             ValueError: `kind` is not F, B, I or W.
         """
-        layers = (self.layers[index] for index in stage_layers)
+        layers = [self.layers[index] for index in stage_layers]
+        again_s = sum(layer.recompute_s for layer in layers) if recompute == "all" else 0.0
         match kind:
             case "F":
-                return sum(layer.forward_s for layer in layers)
+                return self.start_s + sum(layer.forward_s for layer in layers)
             case "B":
-                return sum(layer.backward_s for layer in layers)
+                return self.start_s + again_s + sum(layer.backward_s for layer in layers)
             case "I":
-                return sum(layer.input_grad_s for layer in layers)
+                return self.start_s + again_s + sum(layer.input_grad_s for layer in layers)
             case "W":
-                return sum(layer.weight_grad_s for layer in layers)
+                return self.start_s + sum(layer.weight_grad_s for layer in layers)
         raise ValueError(f"task kind {kind!r} is not known; use one of F, B, I, W")
+
+    def saved_bytes(self, stage_layers: range, recompute: Recompute = "cheap") -> int:
+        """Return what a forward of a stage saves for its backward, beside the stage's input.
+
+        The input of a layer inside of the stage is saved like what the layer itself saves.
+        """
+        if recompute == "all":
+            return 0
+        layers = [self.layers[index] for index in stage_layers]
+        inside = sum(layer.input_bytes for layer in layers[1:])
+        if recompute == "none":
+            return inside + sum(layer.saved_all_bytes for layer in layers)
+        return inside + sum(layer.saved_bytes for layer in layers)
+
+
+def _check_number(name: str, value: float, owner: str) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+        unit = "seconds" if name.endswith("_s") else "bytes"
+        raise ValueError(f"{name} of {owner} is {value!r}; use finite {unit} of 0 or more")
 
 
 def roofline_s(flops: float, bytes_accessed: float, device: DeviceSpec) -> float:

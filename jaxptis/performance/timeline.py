@@ -1,12 +1,14 @@
-"""The timeline: when every task starts and ends on its device."""
+"""The timeline: what every device does at which time, predicted or measured."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from jaxptis.performance.bubbles import Bubble
+from jaxptis.performance.memory import MemoryCurve
 from jaxptis.plan import Task
 
 
-@dataclass(frozen=True, kw_only=True)
-class Span:
+class Span(NamedTuple):
     """A task and the seconds, from the start of the step, at which it starts and ends."""
 
     task: Task
@@ -14,11 +16,41 @@ class Span:
     end_s: float
 
 
+class TransferSpan(NamedTuple):
+    """What goes from a device to another, and the seconds at which that starts and ends.
+
+    Attributes:
+        source: the device that sends.
+        target: the device that receives.
+        made_by: the task whose result is sent, an F or a backward.
+        reader: the stage that reads it.
+        start_s: from the start of the step.
+        end_s: when it is there.
+        num_bytes: that are sent.
+    """
+
+    source: int
+    target: int
+    made_by: Task
+    reader: int
+    start_s: float
+    end_s: float
+    num_bytes: int
+
+
 @dataclass(frozen=True)
 class Timeline:
-    """The spans of every device, in the order it runs them."""
+    """What happens in a step.
+
+    Attributes:
+        spans: of every device its tasks, in the order it runs them.
+        transfers: in the order in which they start.
+        memory: of every device; empty if it is not known.
+    """
 
     spans: tuple[tuple[Span, ...], ...]
+    transfers: tuple[TransferSpan, ...] = ()
+    memory: tuple[MemoryCurve, ...] = ()
 
     @property
     def step_s(self) -> float:
@@ -35,6 +67,11 @@ class Timeline:
         """The fraction of the step in which every device idles."""
         step_s = self.step_s
         return tuple(1 - busy_s / step_s if step_s else 0.0 for busy_s in self.busy_s)
+
+    @property
+    def bubbles(self) -> tuple[Bubble, ...]:
+        """When every device idles, and what of its transfers is hidden."""
+        raise NotImplementedError
 
     def text(self) -> str:
         """Return the step, and of every device its bubble and its tasks, times in milliseconds."""
