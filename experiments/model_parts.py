@@ -1,11 +1,11 @@
-"""Measures our Mamba-2 scan and our experts beside the best that packages have: ours over theirs.
+r"""Measures our Mamba-2 scan and our experts beside the best that packages have: ours over theirs.
 
 python -m experiments.model_parts --json_output=experiments/results/model_parts.json
 
 One of the packages is made for another JAX than ours, so give it an environment of its own:
 
     python3.12 -m venv /tmp/parts
-    /tmp/parts/bin/pip install jax-linear-attention==0.1.0 mamba2-jax==1.1.2 \\
+    /tmp/parts/bin/pip install jax-linear-attention==0.1.0 mamba2-jax==1.1.2 \
         flax optax absl-py rich safetensors
 
 On a CPU set MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000: glibc
