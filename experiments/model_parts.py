@@ -1,11 +1,16 @@
-"""Measures our Mamba-2 scan and our experts beside the best that packages have: ours over theirs.
+r"""Measures our Mamba-2 scan and our experts beside the best that packages have: ours over theirs.
 
 python -m experiments.model_parts --json_output=experiments/results/model_parts.json
 
 One of the packages is made for another JAX than ours, so give it an environment of its own:
 
     python3.12 -m venv /tmp/parts
-    /tmp/parts/bin/pip install jax-linear-attention==0.1.0 mamba2-jax==1.1.2 flax optax absl-py rich
+    /tmp/parts/bin/pip install jax-linear-attention==0.1.0 mamba2-jax==1.1.2 \
+        flax optax absl-py rich safetensors
+
+On a CPU set MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000: glibc
+otherwise gives a program with 32 MiB of temporaries or more other pages in each call, and one with
+less those that it had, so that one of them takes half as long again.
 
 Theirs are a Mamba-2 of each package, with chunks of several lengths; and a mixture of experts in
 two ways, router included. "room" drops what finds no room with its expert; it is given as much room
