@@ -1,6 +1,8 @@
 """A whole training step: gradients, and the optimizer's update where each parameter lives."""
 
 import dataclasses
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -11,9 +13,12 @@ from jaxptis.call import Call, Compiled, Training, make_on_devices
 from jaxptis.executor import holdings
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.executable import Executable
+from jaxptis.executor.record import Happening
 from jaxptis.flax_models import split_nnx
 from jaxptis.parts import flatten
+from jaxptis.performance import Timeline
 from jaxptis.placement import Placement
+from jaxptis.profile import Profile, measured_timeline
 
 
 class Bindable(Protocol):
@@ -115,6 +120,45 @@ class TrainStep:
         Returns:
           The next state, and the metrics: "loss", and "aux" if the loss function has it.
         """
+        return self._take(state, batch, _call_executable)
+
+    def profile(self, state: TrainState, batch: Any, num_steps: int) -> tuple[TrainState, Profile]:
+        """Take steps, every other of them recorded; see `jaxptis.Trainer.profile`."""
+        if num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}; record 1 or more")
+        devices = self._pipelined.compiler.devices
+        happenings: list[Happening] = []
+        timelines: list[tuple[Timeline, float]] = []
+        plain_s: list[float] = []
+        recorded_s: list[float] = []
+
+        def record(executable: Executable, inputs: Sequence[Any]) -> list[Any]:
+            outs, happenings[:] = executable.record(inputs)
+            return outs
+
+        state, _ = self(state, batch)  # what only happens once is not recorded
+        for _ in range(num_steps):
+            for run, seconds in (_call_executable, plain_s), (record, recorded_s):
+                jax.block_until_ready(state)
+                start_s = time.perf_counter()
+                state, _ = jax.block_until_ready(self._take(state, batch, run))
+                seconds.append(time.perf_counter() - start_s)
+            timelines.append(measured_timeline(self._stepped(), devices, happenings))
+        timeline, error_s = sorted(timelines, key=lambda each: each[0].step_s)[num_steps // 2]
+        return state, Profile(
+            timeline=timeline,
+            recorded_s=tuple(recorded_s),
+            plain_s=tuple(plain_s),
+            clock_error_s=error_s,
+        )
+
+    def _take(
+        self,
+        state: TrainState,
+        batch: Any,
+        run: Callable[[Executable, Sequence[Any]], list[Any]],
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Take a step with `run`."""
         call = self._call(state.graphdef, state.params, state.model_state, batch)
         training = self._training(call)
         self._executable = training.executable
@@ -129,7 +173,8 @@ class TrainStep:
                 f"{training.structure}; use the step that made the state"
             )
         opt_buffers = training.state.buffers(training.state.put(training.cuts.cut(old)))
-        outs = training.executable([*call.params_buffers(), *opt_buffers, *call.batch_buffers()])
+        inputs = [*call.params_buffers(), *opt_buffers, *call.batch_buffers()]
+        outs = run(training.executable, inputs)
         value, outs = call.split(outs)
         num_params = len(outs) - len(opt_buffers)
         params = call.compiled.params.arrays(outs[:num_params])
@@ -177,6 +222,10 @@ class TrainStep:
         if graphdef is not None:
             batch = (model_state, batch)
         return self._pipelined.bind(graphdef, params, batch)
+
+
+def _call_executable(executable: Executable, inputs: Sequence[Any]) -> list[Any]:
+    return executable(inputs)
 
 
 def _metrics(value: Any, has_aux: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jaxptis.parts import is_parts
 from jaxptis.performance import Timeline
 from jaxptis.pipelined import Pipelined
 from jaxptis.plan import Plan
+from jaxptis.profile import Profile
 from jaxptis.train_step import TrainState, TrainStep
 
 NUM_SHOWN = 10  # of what is wrong with parameters
@@ -103,6 +104,25 @@ class Trainer:
     def step(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Take a step, consuming `state`; returns the next and the metrics, "loss" and "aux"."""
         return self._step(state, batch)
+
+    def profile(
+        self, state: TrainState, batch: Any, *, num_steps: int = 5
+    ) -> tuple[TrainState, Profile]:
+        """Take steps and measure when each device runs each task and transfer.
+
+        A recorded step waits for each task before the next of the same device is issued, which
+        costs time; so as many steps that are not recorded are taken in between, to say how much.
+        On CPUs of several processes the devices of one process take turns: give each one device.
+
+        Args:
+          state: consumed.
+          batch: of every step.
+          num_steps: how many steps to record.
+
+        Returns:
+          The state after all of them, and what was measured; the same in every process.
+        """
+        return self._step.profile(state, batch, num_steps)
 
     def evaluate(self, state: TrainState, batch: Any) -> dict[str, Any]:
         """Return the metrics of a batch, by the forward alone."""

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from jaxptis.executor.compiled import CompiledProgram, Compiler, donations
 from jaxptis.executor.instructions import Rows, Run
 from jaxptis.executor.programs import Aval, ProgramSpec
 from jaxptis.executor.prove import Step, in_one_order, prove
+from jaxptis.executor.record import Happening, Job, record
 from jaxptis.executor.transfer import Exchange, Route
 from passes import jaxprs
 
@@ -20,6 +23,7 @@ Buffer = tuple[int, str]  # a device and the name of a buffer there
 
 @dataclass(frozen=True)
 class _Op:
+    ends: tuple[tuple[int, int], ...]  # devices of this process, and positions in their lists
     call: Callable[..., Sequence[Any]]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
@@ -61,6 +65,7 @@ class Executable:
           constants: inputs with a value that stays the same.
           consumed: inputs that the step may overwrite or free.
         """
+        self._in_turn = jax.process_count() > 1 and compiler.devices[0].platform == "cpu"
         self._begin = functools.partial(compiler.processes.begin, what)
         compiler.processes.begin(f"compiling {what}")
         kept = {*inputs, *constants}.difference(consumed) | set(outputs)
@@ -70,11 +75,12 @@ class Executable:
         types, routes = _types(steps, specs, inputs, constants)
         donated = _donated(steps, specs)
         read = {(d, n) for s in steps for d, each in s.ends for n in each.reads}
+        self.num_bytes = {name: jaxprs.nbytes([aval]) for (_, name), aval in types.items()}
         self.peak_bytes = prove(
             self.rows,
             given=_per_device(rows, {*inputs, *constants} & (read | kept)),
             held=held,
-            nbytes={name: jaxprs.nbytes([aval]) for (_, name), aval in types.items()},
+            nbytes=self.num_bytes,
             donated=donated,
         )
         compiler.processes.check_same(
@@ -132,6 +138,17 @@ class Executable:
         self.num_calls += 1
         return [slots[slot] for slot in self._outputs]
 
+    def record(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Happening]]:
+        """Run the step, each instruction to its end; return its outputs, and when each was run."""
+        self._begin()
+        slots = self._blank.copy()
+        for slot, value in self._local(inputs):
+            slots[slot] = value
+        jax.block_until_ready([value for value in slots if value is not None])
+        jobs = [Job(ends=op.ends, run=functools.partial(_finish, op, slots)) for op in self._ops]
+        happenings = record(jobs, in_turn=self._in_turn)
+        return [slots[slot] for slot in self._outputs], happenings
+
     def measure_peak_bytes(self, inputs: Sequence[Any]) -> tuple[int, ...]:
         """Run the step, and return for each device the most bytes that arrays took at once.
 
@@ -157,6 +174,15 @@ class Executable:
     def _local(self, inputs: Sequence[Any]) -> Iterable[tuple[int, Any]]:
         """Yield the inputs on devices of this process, each with its slot."""
         return zip(self._inputs, itertools.compress(inputs, self._input_is_local), strict=True)
+
+
+def _finish(op: _Op, slots: list[Any]) -> None:
+    """Run an instruction to its end, and drop what is not read again."""
+    results = jax.block_until_ready(op.call(*[slots[slot] for slot in op.reads]))
+    for slot, value in zip(op.writes, results, strict=True):
+        slots[slot] = value
+    for slot in op.frees:
+        slots[slot] = None
 
 
 def _per_device(rows: Rows, buffers: Iterable[Buffer]) -> list[set[str]]:
@@ -254,6 +280,11 @@ def _bind(
         ]
     ends = [(d, each) for d, each in step.ends if d in local]
     return _Op(
+        ends=tuple(
+            (d, position)
+            for (d, _), position in zip(step.ends, step.positions, strict=True)
+            if d in local
+        ),
         call=call,
         reads=tuple(slots[d, name] for d, each in ends for name in each.reads),
         writes=tuple(slots[buffer] for buffer in written),

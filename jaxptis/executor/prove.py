@@ -14,9 +14,15 @@ from jaxptis.plan import Task
 
 @dataclass(frozen=True)
 class Step:
-    """A program on its device, or a transfer on both: each device with its instruction."""
+    """A program on its device, or a transfer on both.
+
+    Attributes:
+        ends: each device with its instruction.
+        positions: of these in the lists of the devices.
+    """
 
     ends: tuple[tuple[int, Instruction], ...]
+    positions: tuple[int, ...]
 
 
 def in_one_order(rows: Rows) -> tuple[Step, ...]:
@@ -44,9 +50,15 @@ def in_one_order(rows: Rows) -> tuple[Step, ...]:
             if other is None or not instruction.matches(device, other):
                 return False
             ends[instruction.peer] = other
-        for end in ends:
+        devices = sorted(ends)
+        steps.append(
+            Step(
+                ends=tuple((end, ends[end]) for end in devices),
+                positions=tuple(position[end] for end in devices),
+            )
+        )
+        for end in devices:
             position[end] += 1
-        steps.append(Step(tuple(sorted(ends.items(), key=lambda item: item[0]))))
         return True
 
     devices = range(len(rows.rows))
