@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import inf
+from math import inf, isfinite
 
 from jaxptis.executor.instructions import Rows, Run
 from jaxptis.executor.prove import in_one_order
@@ -92,7 +92,8 @@ def on_one_clock(
         happenings: of all devices, each on the clock of its process.
 
     Returns:
-        The happenings, and the seconds by which one may be wrong at most.
+        The happenings, and the seconds by which one may be wrong at most: infinite if a process
+        only sends, or only receives.
     """
     found = {(each.device, each.position): each for each in happenings}
     ahead_s, error_s = _clocks(_bounds(rows, processes, found), max(processes) + 1)
@@ -132,5 +133,6 @@ def _clocks(bounds: Mapping[tuple[int, int], float], count: int) -> tuple[list[f
     ]
     for via, p, q in itertools.product(range(count), repeat=3):
         most[p][q] = min(most[p][q], most[p][via] + most[via][q])
-    ahead_s = [(most[0][p] - most[p][0]) / 2 for p in range(count)]
+    known = [[x for x in (most[0][p], -most[p][0]) if isfinite(x)] for p in range(count)]
+    ahead_s = [sum(each) / len(each) if each else 0.0 for each in known]
     return ahead_s, max((most[0][p] + most[p][0]) / 2 for p in range(count))
