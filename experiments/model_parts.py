@@ -47,7 +47,7 @@ try:
     from jla.ops.chunked import simple_gla
     from mamba2_jax.modeling import ssd_forward
 except ImportError as error:
-    raise SystemExit(f"{error}; install jax-linear-attention and mamba2-jax") from error
+    raise SystemExit(f"{error}; its docstring says what to install") from error
 
 CHUNK_LENGTHS = 64, 128, 256
 OUR_CHUNK_LENGTH = 64
@@ -168,7 +168,8 @@ def experts(num_tokens: int, slope: float) -> dict[str, Case]:
         )
         return layer(x)[0]
 
-    fullest = int(jnp.bincount(route(x, router)[0].reshape(-1)).max())
+    with jax.default_matmul_precision("highest"):  # as results are compared
+        fullest = int(jnp.bincount(route(x, router)[0].reshape(-1)).max())
     room = fullest * E / (num_tokens * c.experts_per_token)
     args = x, router, jnp.stack([gate, up], axis=2), down
     cases: dict[str, Case] = {

@@ -7,6 +7,7 @@ python -m experiments.launch --num_processes=4 -- experiments.train --num_device
 
 import json
 import pathlib
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from models.save import save
 
 NUM_EVALUATIONS = 10
 NUM_EVALUATION_BATCHES = 4
+TOKENIZER_JSON = "tokenizer.json"
 
 LOAD = flags.DEFINE_string(
     "load", None, "Folder of a Hugging Face checkpoint to go on from, in place of a model and size."
@@ -140,7 +142,7 @@ def main(argv: list[str]) -> None:
     params, history = train(trainer, params, corpus, console)
     report(trainer, history, corpus, console)
     if SAVE.value is not None:
-        save(SAVE.value, module, params, like=LOAD.value)
+        save_with_tokenizer(SAVE.value, module, params)
     if JSON_OUTPUT.value is not None and first:
         results = to_json(trainer, history, corpus)
         pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
@@ -156,12 +158,35 @@ def make_model() -> tuple[Model, Any, Any]:
 
 
 def make_encode() -> Callable[[Sequence[bytes]], np.ndarray]:
-    """Returns what maps texts to tokens."""
-    file = TOKENIZER.value
-    if file is None and LOAD.value is not None:
-        beside = pathlib.Path(LOAD.value) / "tokenizer.json"
-        file = str(beside) if beside.exists() else None
-    return as_bytes if file is None else read_tokenizer(file)
+    """Returns what maps texts to tokens.
+
+    Raises:
+      ValueError: --load has a tokenizer in another form than is read.
+    """
+    if TOKENIZER.value is not None:
+        return read_tokenizer(TOKENIZER.value)
+    if LOAD.value is None:
+        return as_bytes
+    folder = pathlib.Path(LOAD.value)
+    if (folder / TOKENIZER_JSON).exists():
+        return read_tokenizer(folder / TOKENIZER_JSON)
+    if others := sorted(path.name for path in folder.glob("tokenizer*")):
+        raise ValueError(
+            f"{folder} has {', '.join(others)}, but no {TOKENIZER_JSON}; write one with "
+            "save_pretrained of transformers' AutoTokenizer, and name it as --tokenizer"
+        )
+    return as_bytes
+
+
+def save_with_tokenizer(folder: str, module: Any, params: Any) -> None:
+    """Writes a checkpoint like --load, but for a tokenizer of its own."""
+    own = TOKENIZER.value
+    if own is not None and LOAD.value is not None:
+        beside = pathlib.Path(LOAD.value) / TOKENIZER_JSON
+        own = None if beside.exists() and beside.samefile(own) else own
+    save(folder, module, params, like=LOAD.value if own is None else None)
+    if own is not None and jax.process_index() == 0:
+        shutil.copy(own, pathlib.Path(folder) / TOKENIZER_JSON)
 
 
 def check_vocabulary(corpus: Corpus, vocab_size: int) -> None:

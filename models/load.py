@@ -1,7 +1,6 @@
 """Hugging Face checkpoints as parameters, each of which is read when its values are asked for."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.typing import DTypeLike
 
+from models.hugging_face.config_file import check_types, read_config_file, read_json
 from models.hugging_face.safetensors import DTYPES, Tensor, find_tensors
 from models.hugging_face.stored import Stored
 from models.registry import MODELS, HuggingFace, Model
@@ -86,11 +86,9 @@ def load(
         read (forty are named).
     """
     folder = pathlib.Path(folder)
-    model, config = _read_config(folder / CONFIG, dtype=dtype, param_dtype=param_dtype)
+    model, config = read_model(folder / CONFIG, dtype=dtype, param_dtype=param_dtype)
     module, stored = model.module(config), model.hugging_face.stored_as(config)
-    prefix, found = model.hugging_face.PREFIX, _find_tensors(folder)
-    types = parameter_types(module)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    types, tensors = parameter_types(module), _find_tensors(folder, model.hugging_face.PREFIX)
     _check_tensors(folder, model.hugging_face, stored, types, tensors)
     leaves = {
         path: Parameter(
@@ -152,57 +150,49 @@ def _wrong(stored: Stored, shape: tuple[int, ...], tensors: Mapping[str, Tensor]
             yield f"{name} is stored as {tensors[name].dtype}; use one of {', '.join(DTYPES)}"
 
 
-def _read_config(file: pathlib.Path, **types: DTypeLike) -> tuple[Model, Any]:
-    """Return the model that a config.json describes, and its config."""
-    stored = _read_json(file)
+def read_model(file: pathlib.Path, **types: DTypeLike) -> tuple[Model, Any]:
+    """Return the model that a config.json describes, and its config.
+
+    Args:
+      file: the config.json.
+      **types: dtype and param_dtype of the config.
+
+    Raises:
+      ValueError: it describes none that we have.
+    """
+    stored = read_config_file(file)
     known = {kind: model for model in MODELS.values() for kind in model.hugging_face.MODEL_TYPES}
     kind = str(stored.get("model_type"))
-    if "quantization_config" in stored:
-        raise ValueError(
-            f"{file} is of a quantized model, {stored['quantization_config']}; convert it to "
-            "bfloat16 first, as DeepSeek's fp8_cast_bf16.py does"
-        )
     if kind not in known:
         raise ValueError(f"{file} has model_type {kind}; known are {', '.join(sorted(known))}")
     try:
         config = known[kind].hugging_face.read_config(stored, **types)
-        _check_numbers(config)
+        check_types(config)
         return known[kind], config
     except KeyError as error:
         raise ValueError(f"{file} has no {error}, which a {kind} needs") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _check_numbers(config: Any) -> None:
-    """Raise a ValueError if what has to be a number is none."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type in (int, float) and not isinstance(value, int | float):
-            raise ValueError(f"{field.name} is {value!r}; write a number")
+def _find_tensors(folder: pathlib.Path, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by name, without the prefix that some may have."""
+    found = _find_all(folder)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    if len(tensors) < len(found):
+        twice = next(name for name in found if prefix + name in found)
+        raise ValueError(f"{folder} has both {twice} and {prefix}{twice}; delete one of them")
+    return tensors
 
 
-def _find_tensors(folder: pathlib.Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name."""
+def _find_all(folder: pathlib.Path) -> dict[str, Tensor]:
     if (folder / WHOLE).exists():
         return find_tensors(folder / WHOLE)
     if not (folder / INDEX).exists():
         raise ValueError(f"{folder} has neither {WHOLE} nor {INDEX}; write it as safetensors")
-    file_of = _read_json(folder / INDEX).get("weight_map", {})
+    file_of = read_json(folder / INDEX).get("weight_map", {})
     found: dict[str, Tensor] = {}
     for file in sorted(set(file_of.values())):
         tensors = find_tensors(folder / file)
         found |= {name: it for name, it in tensors.items() if file_of.get(name, file) == file}
     return found
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"the file {file} is missing; name the folder of a checkpoint")
-    try:
-        read = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return read

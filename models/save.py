@@ -15,21 +15,24 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
+from models.hugging_face.config_file import read_json
 from models.hugging_face.safetensors import DTYPES, write_tensors
 from models.hugging_face.stored import Stored
-from models.load import CONFIG, INDEX, NUM_SHOWN, WHOLE, parameter_types
-from models.registry import MODELS
+from models.load import CONFIG, INDEX, NUM_SHOWN, WHOLE, parameter_types, read_model
+from models.registry import MODELS, Model
 
 SHARD_BYTES = 5 * 10**9
 # What a checkpoint has beside the model, and what its config.json says and our configs do not.
 BESIDE = (
     "tokenizer*",
     "*.model",
-    "special_tokens_map.json",
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     "chat_template*",
     "generation_config.json",
+    # Of models that transformers has no class of.
+    *("configuration_*.py", "modeling_*.py"),
 )
-KEPT = "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"
+KEPT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map")
 
 
 def save(
@@ -53,14 +56,15 @@ def save(
       folder: of the checkpoint; must not exist yet, or be empty.
       module: one of the classes in `MODELS`, or derived from one, with its config.
       params: its parameters, arrays of any kind, such as those of a training state.
-      like: the checkpoint that was loaded. What its config.json says of special tokens and of the
-        longest context is kept, and its tokenizer and its settings for generation are copied.
+      like: the checkpoint that was loaded. What its config.json says of special tokens, of the
+        longest context and of its own classes is kept; these, its tokenizer and its settings for
+        generation are copied.
       shard_bytes: at most so many are in a file, unless a single tensor has more.
 
     Raises:
       ValueError: the folder holds something; shard_bytes is not positive; the module is of no such
         class; leaves are missing, unknown, of other shapes, of a type that is not stored, or spread
-        over processes (forty are named).
+        over processes (forty are named); `like` is no checkpoint of such a model.
     """
     folder = pathlib.Path(folder).resolve()
     if shard_bytes < 1:
@@ -70,6 +74,9 @@ def save(
     model = next((model for model in MODELS.values() if isinstance(module, model.module)), None)
     if model is None:
         raise ValueError(f"{type(module).__name__} is none of the models {', '.join(MODELS)}")
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params is of type {type(params).__name__}; pass the params of a state")
+    kept, beside = ({}, []) if like is None else _like(pathlib.Path(like), model, module)
     leaves = traverse_util.flatten_dict(params, sep="/")
     _check(leaves, parameter_types(module))
     stored = model.hugging_face.stored_as(module.config)
@@ -77,12 +84,10 @@ def save(
     files = _plan(stored, leaves, writers, shard_bytes)
     own = {path: stored[path] for path in stored if writers[path] == jax.process_index()}
     dtype = np.dtype(leaves["embed/embedding"].dtype).name
-    kept = {} if like is None else _kept(json.loads((pathlib.Path(like) / CONFIG).read_text()))
     written = model.hugging_face.write_config(module.config) | {"torch_dtype": dtype}
     texts = {CONFIG: kept | written}
     if len(files) > 1:
         texts[INDEX] = _index(files)
-    beside = [] if like is None else [x for each in BESIDE for x in pathlib.Path(like).glob(each)]
     _write(folder, files, _tensors(own, leaves), texts, beside)
 
 
@@ -200,10 +205,21 @@ def _write(
     multihost_utils.sync_global_devices("the checkpoint is complete")
 
 
-def _kept(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a config.json says of `KEPT`."""
-    text = config | config.get("text_config", {})
-    return {key: text[key] for key in KEPT if key in text}
+def _like(
+    folder: pathlib.Path, model: Model, module: Any
+) -> tuple[dict[str, Any], list[pathlib.Path]]:
+    """Return what the config.json of a checkpoint says of `KEPT`, and the files of `BESIDE`."""
+    theirs, config = read_model(folder / CONFIG)
+    if theirs is not model or config.vocab_size != module.config.vocab_size:
+        raise ValueError(
+            f"{folder} is a {type(config).__name__} of {config.vocab_size} tokens, and this a "
+            f"{type(module.config).__name__} of {module.config.vocab_size}; save it like the "
+            "checkpoint that it was loaded from"
+        )
+    stored = read_json(folder / CONFIG)
+    text = stored | stored.get("text_config", {})
+    found = [path for each in BESIDE for path in folder.glob(each) if path.is_file()]
+    return {key: text[key] for key in KEPT if key in text}, found
 
 
 def _nbytes(each: jax.ShapeDtypeStruct) -> int:

@@ -17,7 +17,11 @@ ADVICE: Mapping[str, str] = MappingProxyType(
     {
         r"model\.layers\.\d+\.eh_proj\.weight is missing": (
             "set num_nextn_predict_layers to 0 in the config.json to load the main model alone"
-        )
+        ),
+        r"nothing reads model\.layers\.\d+\.eh_proj\.weight": (
+            "set num_nextn_predict_layers to 1 in the config.json to load what predicts the token "
+            "after the next, too"
+        ),
     }
 )
 
@@ -41,8 +45,7 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> DeepSeekConfig:
     """
     is_v3 = stored["model_type"] == "deepseek_v3"
     scoring: Literal["softmax", "sigmoid"] = "sigmoid" if is_v3 else "softmax"
-    # rope_parameters are where later files have rope_theta.
-    check_fixed(stored, {**FIXED, "scoring_func": scoring, "rope_parameters": None})
+    check_fixed(stored, {**FIXED, "scoring_func": scoring})
     # The published config.json of V3 has it, one that transformers writes may not.
     method = stored.get("topk_method", "noaux_tc" if is_v3 else "greedy")
     if method != ("noaux_tc" if is_v3 else "greedy") or stored["norm_topk_prob"] != is_v3:
@@ -51,6 +54,12 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> DeepSeekConfig:
             f"{stored['norm_topk_prob']}, are not supported; V2-Lite has 'greedy' and false, V3 "
             "'noaux_tc' and true"
         )
+    num_after_next = stored.get("num_nextn_predict_layers", 0)
+    if num_after_next > 1:
+        raise ValueError(
+            f"num_nextn_predict_layers is {num_after_next}; write 1, as V3 has, or 0 for the main "
+            "model alone"
+        )
     return DeepSeekConfig(
         vocab_size=stored["vocab_size"],
         model_width=stored["hidden_size"],
@@ -58,7 +67,7 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> DeepSeekConfig:
         num_blocks=stored["num_hidden_layers"],
         num_dense_blocks=stored["first_k_dense_replace"],
         num_heads=stored["num_attention_heads"],
-        query_rank=stored["q_lora_rank"],
+        query_rank=stored.get("q_lora_rank"),
         kv_rank=stored["kv_lora_rank"],
         plain_width=stored["qk_nope_head_dim"],
         rotary_width=stored["qk_rope_head_dim"],
@@ -74,7 +83,7 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> DeepSeekConfig:
         norm_epsilon=stored["rms_norm_eps"],
         rope_theta=stored["rope_theta"],
         yarn=_read_yarn(stored.get("rope_scaling")),
-        after_next=stored.get("num_nextn_predict_layers", 0) > 0,
+        after_next=num_after_next > 0,
         **types,
     )
 
@@ -85,6 +94,7 @@ def _read_yarn(stored: Mapping[str, Any] | None) -> Yarn | None:
     kind = stored.get("type", stored.get("rope_type"))
     if kind != "yarn":
         raise ValueError(f"rotary positions scaled by {kind!r} are not supported; use 'yarn'")
+    check_fixed(stored, {"attention_factor": None, "truncate": True})
     # With two different ones, queries and keys would change in length where they are turned.
     if stored.get("mscale") != stored.get("mscale_all_dim"):
         raise ValueError(

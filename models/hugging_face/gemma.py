@@ -36,7 +36,7 @@ _TEXT_DEFAULTS: Mapping[str, Any] = MappingProxyType(
 def read_config(stored: Mapping[str, Any], **types: Any) -> GemmaConfig:
     """Return the config of a config.json; `types` are its dtype and param_dtype.
 
-    The activation is not read: early files name another than the one trained with.
+    hidden_act is not read: early files name another activation than the one trained with.
 
     Raises:
       ValueError: the file asks for what no Gemma of its generation has.
@@ -66,7 +66,7 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> GemmaConfig:
         "layer_types": _layer_types(config),
         "sliding_window_pattern": 6,  # of Gemma 3, before there were layer_types
         "rope_scaling": _rope_scaling(config),
-        "rope_parameters": None,  # where later files have rope_theta
+        "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "tie_word_embeddings": True,
         "use_bidirectional_attention": False,

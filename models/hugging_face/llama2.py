@@ -32,7 +32,7 @@ def read_config(stored: Mapping[str, Any], **types: Any) -> Llama2Config:
       ValueError: it describes a later LLaMA, or another model of this type.
     """
     num_heads = stored["num_attention_heads"]
-    check_fixed(stored, {**FIXED, "rope_parameters": None})  # where later files have rope_theta
+    check_fixed(stored, FIXED)
     if stored.get("head_dim") is not None:
         check_fixed(stored, {"head_dim": stored["hidden_size"] // num_heads})
     return Llama2Config(

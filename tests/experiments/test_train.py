@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -71,11 +72,14 @@ def tokenizer(tmp_path_factory):
 
 def test_a_checkpoint_is_trained_and_saved_by_any_number_of_processes(tokenizer, tmp_path):
     save_random(tmp_path / "before", vocab_size=300)
-    arguments = ("--num_steps=2", f"--load={tmp_path}/before", f"--tokenizer={tokenizer}")
+    shutil.copy(tokenizer, tmp_path / "before" / "tokenizer.json")
+    (tmp_path / "before" / "tokenizer_config.json").write_text("{}")
+    arguments = ("--num_steps=2", f"--load={tmp_path}/before")
     one = train(*arguments, f"--save={tmp_path}/one", f"--json_output={tmp_path}/results.json")
     assert one.returncode == 0, one.stderr
     two = train(
         *arguments,
+        f"--tokenizer={tokenizer}",
         f"--save={tmp_path}/two",
         launcher=("experiments.launch", "--num_processes=2", "--devices_per_process=1", "--"),
     )
@@ -84,6 +88,9 @@ def test_a_checkpoint_is_trained_and_saved_by_any_number_of_processes(tokenizer,
         "model-00001-of-00002.safetensors",  # of process 0
         "model-00002-of-00002.safetensors",
     }
+    for name, has_all in ("one", True), ("two", False):  # two has a tokenizer of its own
+        assert (tmp_path / name / "tokenizer.json").read_text() == tokenizer.read_text()
+        assert (tmp_path / name / "tokenizer_config.json").exists() == has_all
     before, after, also = (values(tmp_path / name) for name in ("before", "one", "two"))
     for path, value in after.items():
         assert np.abs(value - before[path]).max() > 0
@@ -123,6 +130,11 @@ def test_a_model_that_does_not_know_the_text_is_refused(tmp_path):
     run = train(f"--load={tmp_path}/saved")
     assert run.returncode != 0
     assert "but the model knows 97 tokens" in run.stderr
+    (tmp_path / "saved" / "tokenizer.model").write_text("")
+    run = train(f"--load={tmp_path}/saved")
+    assert (
+        "has tokenizer.model, but no tokenizer.json; write one with save_pretrained" in run.stderr
+    )
 
 
 @pytest.mark.parametrize(

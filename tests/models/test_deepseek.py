@@ -70,6 +70,9 @@ def test_a_written_config_is_read_as_the_same(config):
     assert hugging_face.read_config(hugging_face.write_config(config), **types) == config
 
 
+YARN_STORED = hugging_face.write_config(dataclasses.replace(V3, yarn=YARN))["rope_scaling"]
+
+
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
@@ -77,13 +80,14 @@ def test_a_written_config_is_read_as_the_same(config):
         (V3, {"norm_topk_prob": False}, "norm_topk_prob False"),
         (V3, {"scoring_func": "softmax"}, "only 'sigmoid' is supported"),
         (V3, {"rope_interleave": False}, "rope_interleave is False"),
-        (V2, {"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters is"),
         (
             V3,
             {"rope_scaling": {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 0.5}},
             "have to be equal",
         ),
         (V3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        (V3, {"rope_scaling": YARN_STORED | {"attention_factor": 3.0}}, "attention_factor is 3.0"),
+        (V3, {"rope_scaling": YARN_STORED | {"truncate": False}}, "truncate is False"),
     ],
 )
 def test_what_is_not_supported_is_refused(config, change, message):

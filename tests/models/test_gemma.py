@@ -79,7 +79,7 @@ def test_sizes_are_those_that_transformers_has_as_defaults(model_type, size):
         ("tie_word_embeddings", False),
         ("use_bidirectional_attention", True),
         ("sliding_window_pattern", 4),
-        ("rope_parameters", {"rope_theta": 1e6}),
+        ("hidden_activation", "relu"),
     ],
 )
 def test_files_that_ask_for_another_model_are_refused(key, value):

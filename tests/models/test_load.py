@@ -293,15 +293,19 @@ NAMES = [
         ),
         (
             change_config(quantization_config={"quant_method": "fp8"}),
-            ["config.json is of a quantized model, {'quant_method': 'fp8'}; convert it"],
+            [
+                "config.json is of a quantized model, {'quant_method': 'fp8'}; convert it",
+                "and delete quantization_config",
+            ],
         ),
-        (change_config(hidden_size="32"), ["config.json: not all arguments converted"]),
-        (
-            change_config(rms_norm_eps="1e-5"),
-            ["norm_epsilon is '1e-5'; write a number"],
-        ),
+        (change_config(hidden_size="32"), ["config.json has hidden_size '32'; write a number"]),
+        (change_config(rms_norm_eps="1e-5"), ["has rms_norm_eps '1e-5'; write a number"]),
+        (change_config(rms_norm_eps=math.nan), ["has rms_norm_eps nan; write a number"]),
+        (change_config(rms_norm_eps=[1]), ["norm_epsilon is [1]; write a number"]),
+        (change_config(hidden_size=32.0), ["model_width is 32.0; write a whole number"]),
+        (change_config(num_attention_heads=0), ["config.json: integer modulo by zero"]),
         (change_config(rope_scaling={"rope_type": "llama3"}), ["config.json: rope_scaling is {"]),
-        (change_config(rope_parameters={"rope_theta": 5e5}), ["config.json: rope_parameters is {"]),
+        (change_config(rope_parameters={"rope_theta": 5e5}), ["in their place write rope_theta"]),
         (change_config(head_dim=16), ["head_dim is 16 in the config.json; only 8 is supported"]),
         (
             lambda f: (f / "model.safetensors").unlink(),
@@ -356,8 +360,12 @@ def test_the_index_says_in_which_file_a_tensor_is(deep, tmp_path):
     name = "model.norm.weight"
     last = max(set(file_of.values()) - {file_of[name]})
     tensors = load_file(copy / last)
-    save_file(tensors | {name: np.zeros_like(params["norm"]["scale"])}, copy / last)
+    stray = np.zeros_like(params["norm"]["scale"])
+    save_file(tensors | {name: stray}, copy / last)
     assert_equal(read(load(copy).params), params)
+    save_file(tensors | {"model.scale": stray}, copy / last)  # which the index does not know
+    with pytest.raises(ValueError, match=r"nothing reads model\.scale"):
+        load(copy)
 
 
 def test_a_missing_shard_is_said(deep, tmp_path):
@@ -427,13 +435,64 @@ def test_what_the_published_files_leave_out_is_the_default():
 def test_what_stands_beside_a_checkpoint_is_kept(tmp_path):
     folder, module = tmp_path / "saved", MODELS["llama2"].module(small.LLAMA2)
     save(folder, module, random_params(module))
-    change_config(bos_token_id=7, max_position_embeddings=4096, vocab_size=256)(folder)
-    (folder / "tokenizer.json").write_text("{}")
+    change_config(
+        **{"bos_token_id": 7, "eos_token_id": [8, 9], "pad_token_id": 0},
+        **{"max_position_embeddings": 4096, "auto_map": {"AutoConfig": "x.Y"}},
+    )(folder)
+    beside = [
+        *("added_tokens.json", "chat_template.jinja", "configuration_x.py"),
+        *("generation_config.json", "merges.txt", "modeling_x.py", "special_tokens_map.json"),
+        *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"),
+    ]
+    for name in beside:
+        (folder / name).write_text(name)
     (folder / "notes.txt").write_text("ours")
+    (folder / "tokenizer_old").mkdir()
     save(tmp_path / "again", module, load(folder).params, like=folder)
-    assert files(tmp_path / "again") == ["config.json", "model.safetensors", "tokenizer.json"]
-    configs = [json.loads((tmp_path / x / "config.json").read_text()) for x in ("saved", "again")]
-    assert configs[0] == configs[1]
+    again = {path.name: path.read_text() for path in (tmp_path / "again").glob("*[!s]")}
+    assert {name: again.pop(name) for name in beside} == {name: name for name in beside}
+    assert json.loads(again.pop("config.json")) == json.loads((folder / "config.json").read_text())
+    assert not again
+
+
+def test_the_tokens_of_a_text_model_are_kept(tmp_path):
+    """Of Gemma 3 from 4B on, config.json says them in its text_config, or around it."""
+    folder, module = tmp_path / "saved", MODELS["gemma"].module(small.GEMMA[3])
+    save(folder, module, random_params(module))
+
+    def seeing(text):
+        return {
+            "model_type": "gemma3",
+            "eos_token_id": 5,
+            "text_config": text | {"max_position_embeddings": 77},
+        }
+
+    rewrite(folder / "config.json", seeing)
+    save(tmp_path / "again", module, load(folder).params, like=folder)
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (written["eos_token_id"], written["max_position_embeddings"]) == (5, 77)
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        (None, "config.json is missing; name the folder of a checkpoint"),
+        (small.GEMMA[1], "is a GemmaConfig of [0-9]+ tokens, and this a Llama2Config of 256"),
+        (
+            dataclasses.replace(small.LLAMA2, vocab_size=98),
+            "is a Llama2Config of 98 tokens, and this a Llama2Config of 256; save it like the",
+        ),
+    ],
+)
+def test_a_model_is_saved_like_itself(other, complaint, tmp_path):
+    if other is not None:
+        family = "gemma" if other is small.GEMMA[1] else "llama2"
+        module = MODELS[family].module(other)
+        save(tmp_path / "other", module, random_params(module))
+    module = MODELS["llama2"].module(small.LLAMA2)
+    with pytest.raises(ValueError, match=complaint):
+        save(tmp_path / "saved", module, random_params(module), like=tmp_path / "other")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_main_model_alone_is_asked_for(tmp_path):
@@ -443,8 +502,20 @@ def test_a_main_model_alone_is_asked_for(tmp_path):
     change_config(num_nextn_predict_layers=1)(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"set num_nextn_predict_layers to 0 in the config\.json"):
         load(tmp_path / "saved")
+    for none in 0, None:
+        change_config(num_nextn_predict_layers=none)(tmp_path / "saved")
+        assert load(tmp_path / "saved").module == module
+    change_config(num_nextn_predict_layers=2)(tmp_path / "saved")
+    with pytest.raises(ValueError, match="num_nextn_predict_layers is 2; write 1, as V3 has, or 0"):
+        load(tmp_path / "saved")
+
+
+def test_the_block_after_a_main_model_is_noticed(tmp_path):
+    module = MODELS["deepseek"].module(dataclasses.replace(small.DEEPSEEK_V3, after_next=True))
+    save(tmp_path / "saved", module, random_params(module))
     change_config(num_nextn_predict_layers=0)(tmp_path / "saved")
-    assert load(tmp_path / "saved").module == module
+    with pytest.raises(ValueError, match=r"set num_nextn_predict_layers to 1 in the config\.json"):
+        load(tmp_path / "saved")
 
 
 def test_the_first_files_of_llama_say_less(tmp_path):
@@ -460,6 +531,13 @@ def test_the_first_files_of_llama_say_less(tmp_path):
 
 def test_what_cannot_be_saved_is_said(deep, tmp_path):
     folder, module, params = deep
+    with pytest.raises(ValueError, match="shard_bytes is 0; make it 1 or more"):
+        save(tmp_path / "saved", module, params, shard_bytes=0)
+    with pytest.raises(ValueError, match="params is of type list; pass the params of a state"):
+        save(tmp_path / "saved", module, [params])
+    with pytest.raises(ValueError, match=r"\n  and \d+ more$"):
+        renamed = {f"blocks_{i}": block for i, block in enumerate(params.values())}
+        save(tmp_path / "saved", module, renamed)
     for taken in folder, folder / "config.json":
         with pytest.raises(ValueError, match="holds something already; name a new folder"):
             save(taken, module, params)
