@@ -78,6 +78,8 @@ def run(devices, strategy, failure=None):
             step.evaluate(state, make_batch())
         state, metrics = step(state, make_batch(seed=i))
         read |= readable(metrics, f"step {i}")
+    state, profile = step.profile(state, make_batch(seed=49), num_steps=1)
+    read["profile"] = what_ran(profile)
     read |= readable(state, "state")
     read["plan"] = str(pipelined.plan)
     read |= readable(step.evaluate(state, make_batch(seed=50)), "evaluation")
@@ -88,6 +90,19 @@ def run(devices, strategy, failure=None):
             read[f"stage {i}"] = stage.backward.as_text("stablehlo")
             read[f"flops of stage {i}"] = str(stage.backward.cost_analysis()["flops"])
     return read
+
+
+def what_ran(profile):
+    """Return the tasks and transfers, after a look at when they were."""
+    timeline, error_s = profile.timeline, profile.clock_error_s
+    at = {span.task: span for row in timeline.spans for span in row}
+    for each in timeline.transfers:
+        readers = [span for task, span in at.items() if task.stage == each.reader]
+        assert at[each.made_by].end_s <= each.start_s + 2 * error_s
+        assert any(each.end_s <= span.start_s + 2 * error_s for span in readers)
+    tasks = [[str(span.task) for span in row] for row in timeline.spans]
+    sent = sorted((t.source, t.target, str(t.made_by), t.num_bytes) for t in timeline.transfers)
+    return f"{tasks} {sent}"
 
 
 def readable(tree, name):

@@ -9,7 +9,6 @@ from jaxptis.executor.instructions import Run
 from jaxptis.executor.measured import on_one_clock, timeline_of
 from jaxptis.executor.prove import in_one_order
 from jaxptis.executor.record import Happening
-from jaxptis.plan.order import needs
 from tests.executor.test_random_lists import draw
 
 NUM_PLANS = 200
@@ -24,9 +23,7 @@ def run(rng, rows):
         end_s = max(free_s[device] for device in devices) + rng.random()
         for device, position in zip(devices, step.positions, strict=True):
             happenings.append(
-                Happening(
-                    device=device, position=position, start_s=free_s[device], end_s=end_s
-                )
+                Happening(device=device, position=position, start_s=free_s[device], end_s=end_s)
             )
             free_s[device] = end_s + rng.choice((0, 0.1 * rng.random()))
     return happenings
