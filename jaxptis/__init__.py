@@ -1,6 +1,6 @@
 """Pipeline parallelism for JAX: a compiler that finds, balances and schedules the stages."""
 
-from jaxptis.cluster import Cluster, DeviceSpec
+from jaxptis.cluster import Cluster, DeviceSpec, Link
 from jaxptis.decorator import pipeline
 from jaxptis.parts import Parts, whole
 from jaxptis.pipelined import Pipelined
@@ -11,6 +11,7 @@ from jaxptis.trainer import Trainer
 __all__ = [
     "Cluster",
     "DeviceSpec",
+    "Link",
     "Parts",
     "Pipelined",
     "Plan",

@@ -29,6 +29,16 @@ class DeviceSpec:
         for what, rate in ("flops_per_s", self.flops_per_s), ("bytes_per_s", self.bytes_per_s):
             if not (math.isfinite(rate) and rate > 0):
                 raise ValueError(f"{what} of {self.kind!r} is {rate}; use a finite rate above 0")
+        if not (math.isfinite(self.speed) and self.speed > 0):
+            raise ValueError(
+                f"speed of {self.kind!r} is {self.speed}; use a finite number above 0, such as 0.5 "
+                "for a device that takes twice as long"
+            )
+        if self.memory_bytes is not None and self.memory_bytes < 1:
+            raise ValueError(
+                f"memory_bytes of {self.kind!r} is {self.memory_bytes}; use 1 or more, or None for "
+                "no limit"
+            )
 
 
 # NVIDIA's data sheet of each part: bfloat16 tensor core without sparsity, and memory bandwidth.
@@ -79,6 +89,14 @@ class Link:
     latency_s: float = 0.0
     bytes_per_s: float = math.inf
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.latency_s) and self.latency_s >= 0):
+            raise ValueError(
+                f"latency_s of a link is {self.latency_s}; use finite seconds of 0 or more"
+            )
+        if not self.bytes_per_s > 0:
+            raise ValueError(f"bytes_per_s of a link is {self.bytes_per_s}; use a rate above 0")
+
     def transfer_s(self, num_bytes: int) -> float:
         """Return the seconds from the start of a transfer to its end."""
         return self.latency_s + num_bytes / self.bytes_per_s
@@ -101,6 +119,16 @@ class Cluster:
     def __post_init__(self) -> None:
         if not self.devices:
             raise ValueError("the cluster has no devices; give it at least one")
+        for source, target in self.links:
+            if source == target or not {source, target} <= set(range(len(self.devices))):
+                raise ValueError(
+                    f"there is a link from device {source} to device {target}, but the cluster has "
+                    f"{len(self.devices)} devices, counted from 0; name two of them"
+                )
+
+    def link_between(self, source: int, target: int) -> Link:
+        """Return what connects two devices in this direction."""
+        return self.links.get((source, target), self.link)
 
     @classmethod
     def of(cls, jax_devices: Iterable[_Device]) -> Self:

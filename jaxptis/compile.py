@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxptis.cluster import Cluster
 from jaxptis.executor.programs import BatchLeaf
 from jaxptis.make_plan import make_plan
 from jaxptis.microbatches import aux_axes, batch_leaves
@@ -46,6 +47,11 @@ class Analysis:
     result_axes: tuple[int | None, ...]
     aux: Any
     dump: Dump
+
+    @property
+    def cluster(self) -> Cluster:
+        """The devices of the pipeline."""
+        return self.options.cluster
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +141,7 @@ def build(analysis: Analysis, plan: Plan) -> Pipeline:
     """Cut what was analysed into the stages of a plan."""
     dump = analysis.dump
     dump.step("plan", plan.text())
-    timeline = simulate(plan, analysis.costs)
+    timeline = simulate(plan, analysis.costs, analysis.cluster)
     dump.step("timeline", timeline.text())
     stages = cut_stages(analysis.graph, plan.boundaries)
     dump.step("stages", stages.text())

@@ -1,8 +1,9 @@
 from dataclasses import dataclass
+from math import inf, nan
 
 import pytest
 
-from jaxptis.cluster import DEVICE_SPECS, Cluster, DeviceSpec
+from jaxptis.cluster import DEVICE_SPECS, Cluster, DeviceSpec, Link
 
 
 @dataclass
@@ -45,3 +46,50 @@ def test_no_devices() -> None:
 def test_bad_rate(rate: float) -> None:
     with pytest.raises(ValueError, match=f"bytes_per_s of 'x' is {rate}; use a finite rate above"):
         DeviceSpec(kind="x", flops_per_s=1.0, bytes_per_s=rate)
+
+
+@pytest.mark.parametrize("speed", [0.0, -1.0, inf, nan])
+def test_bad_speed(speed: float) -> None:
+    with pytest.raises(ValueError, match=f"speed of 'x' is {speed}; use a finite number above 0"):
+        DeviceSpec(kind="x", flops_per_s=1.0, bytes_per_s=1.0, speed=speed)
+
+
+@pytest.mark.parametrize("memory_bytes", [0, -1])
+def test_bad_memory(memory_bytes: int) -> None:
+    message = f"memory_bytes of 'x' is {memory_bytes}; use 1 or more, or None for no limit"
+    with pytest.raises(ValueError, match=message):
+        DeviceSpec(kind="x", flops_per_s=1.0, bytes_per_s=1.0, memory_bytes=memory_bytes)
+
+
+@pytest.mark.parametrize("latency_s", [-1.0, inf, nan])
+def test_bad_latency(latency_s: float) -> None:
+    with pytest.raises(ValueError, match=f"latency_s of a link is {latency_s}; use finite seconds"):
+        Link(latency_s=latency_s)
+
+
+@pytest.mark.parametrize("bytes_per_s", [0.0, -1.0, nan])
+def test_bad_link_rate(bytes_per_s: float) -> None:
+    message = f"bytes_per_s of a link is {bytes_per_s}; use a rate above 0"
+    with pytest.raises(ValueError, match=message):
+        Link(bytes_per_s=bytes_per_s)
+
+
+def test_seconds_of_a_transfer() -> None:
+    assert Link(latency_s=2, bytes_per_s=10).transfer_s(30) == 5
+    assert Link().transfer_s(30) == 0
+
+
+@pytest.mark.parametrize(("source", "target"), [(0, 2), (-1, 0), (1, 1)])
+def test_link_of_devices_that_are_not_there(source: int, target: int) -> None:
+    device = DeviceSpec(kind="x", flops_per_s=1.0, bytes_per_s=1.0)
+    message = f"a link from device {source} to device {target}, but the cluster has 2 devices"
+    with pytest.raises(ValueError, match=message):
+        Cluster((device, device), links={(source, target): Link()})
+
+
+def test_links_differ_by_direction() -> None:
+    device = DeviceSpec(kind="x", flops_per_s=1.0, bytes_per_s=1.0)
+    slow, usual = Link(latency_s=1.0), Link(latency_s=0.1)
+    cluster = Cluster((device, device), usual, links={(0, 1): slow})
+    assert cluster.link_between(0, 1) is slow
+    assert cluster.link_between(1, 0) is usual

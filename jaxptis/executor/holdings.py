@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from jaxptis.cluster import Cluster
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.draft import Copies, Homes
 from jaxptis.executor.memory import DeviceMemory, predict_memory
@@ -21,6 +22,8 @@ class Analysis(Protocol):
 
     @property
     def costs(self) -> Costs: ...
+    @property
+    def cluster(self) -> Cluster: ...
     @property
     def batch(self) -> tuple[BatchLeaf, ...]: ...
     @property

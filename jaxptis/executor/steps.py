@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxptis.cluster import Cluster
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.draft import Copies, Draft, Homes
 from jaxptis.executor.emit_tasks import emit_tasks
@@ -276,7 +277,8 @@ def _add_tasks(
             KINDS[kind], program, device=homes[s], batch=pipeline.analysis.batch
         )
     draft.inputs = {**param_copies(pipeline).buffers(), **batch_copies(pipeline).buffers()}
-    timeline = simulate(plan, pipeline.analysis.costs)
+    devices = Cluster(pipeline.analysis.cluster.devices)  # their links as if they took no time
+    timeline = simulate(plan, pipeline.analysis.costs, devices)
     emit_tasks(draft.rows, plan, timeline, tasks_of(pipeline, programs))
 
     count = plan.num_microbatches

@@ -1,7 +1,22 @@
 """What a plan costs: seconds of layers, and the timeline of a step."""
 
-from jaxptis.performance.costs import Costs, LayerCost, roofline_s
+from jaxptis.performance.bubbles import Bubble
+from jaxptis.performance.costs import Costs, LayerCost, TiedParams, roofline_s
+from jaxptis.performance.memory import MemoryCurve, check_memory
 from jaxptis.performance.simulate import simulate
-from jaxptis.performance.timeline import Span, Timeline
+from jaxptis.performance.spans import Span, TransferSpan
+from jaxptis.performance.timeline import Timeline
 
-__all__ = ["Costs", "LayerCost", "Span", "Timeline", "roofline_s", "simulate"]
+__all__ = [
+    "Bubble",
+    "Costs",
+    "LayerCost",
+    "MemoryCurve",
+    "Span",
+    "TiedParams",
+    "Timeline",
+    "TransferSpan",
+    "check_memory",
+    "roofline_s",
+    "simulate",
+]

@@ -1,48 +1,60 @@
-"""Predict a step from a plan and the costs of its layers."""
+"""Predict a step from a plan, the costs of its layers and the devices that run it."""
 
-import math
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
+from operator import attrgetter
 
+from jaxptis.cluster import Cluster
+from jaxptis.performance.blocking import run_blocking
+from jaxptis.performance.buffered import run_buffered
+from jaxptis.performance.collector import collector_paused
 from jaxptis.performance.costs import Costs
-from jaxptis.performance.timeline import Span, Timeline
-from jaxptis.plan import Plan, Task
-from jaxptis.plan.order import execution_order, needs
+from jaxptis.performance.memory_curves import memory_curves
+from jaxptis.performance.spans import Rows, TransferSpan
+from jaxptis.performance.task_costs import task_costs
+from jaxptis.performance.timeline import Timeline
+from jaxptis.plan import Plan
 
 
-def simulate(plan: Plan, costs: Costs, transfer_s: float = 0.0) -> Timeline:
+def simulate(
+    plan: Plan, costs: Costs, cluster: Cluster | None = None, *, blocking: bool = False
+) -> Timeline:
     """Start every task as soon as its device is free and what it needs has arrived.
 
-    Linear in the number of tasks.
+    A device runs its tasks in the order of its row, one at a time. Linear in the number of tasks.
 
     Args:
         plan: the plan to run.
         costs: the costs of the plan's layers, in their order.
-        transfer_s: seconds from the end of a task until its result is on another device. Both
-            devices compute meanwhile, and transfers do not hold each other up.
+        cluster: the devices; by default equal ones, with links that take no time.
+        blocking: how devices hand on results. By default a device leaves them to its links and
+            goes on; see `buffered`. With `blocking` it takes part in every transfer, as does the
+            other device, and both wait; that is how the executor runs. See `blocking`.
 
     Raises:
-        ValueError: the costs are not those of the plan's layers, or `transfer_s` is negative.
+        ValueError: the costs are not those of the plan's layers, or the cluster has fewer devices
+            than the plan.
     """
-    _check(plan, costs, transfer_s)
-    layers = [range(start, end) for start, end in pairwise(plan.boundaries)]
-    tasks = frozenset(task for row in plan.schedule for task in row)
-    kinds = {(task.stage, task.kind) for task in tasks}
-    seconds = {(stage, kind): costs.task_s(layers[stage], kind) for stage, kind in kinds}
-    device_of = [stage.device for stage in plan.stages]
-    rows: list[list[Span]] = [[] for _ in plan.schedule]
-    end_s: dict[Task, float] = {}
-    for task in execution_order(plan.schedule):
-        row = rows[device_of[task.stage]]
-        start_s = row[-1].end_s if row else 0.0
-        for need in needs(task, tasks):
-            crosses = device_of[need.stage] != device_of[task.stage]
-            start_s = max(start_s, end_s[need] + (transfer_s if crosses else 0.0))
-        end_s[task] = start_s + seconds[task.stage, task.kind]
-        row.append(Span(task=task, start_s=start_s, end_s=end_s[task]))
-    return Timeline(tuple(map(tuple, rows)))
+    _check_costs(plan, costs)
+    _check_cluster(plan, cluster)
+    with collector_paused():
+        rows, transfers = _run(plan, costs, cluster, blocking)
+        transfers.sort(key=attrgetter("start_s"))
+        memory = memory_curves(plan, costs, rows, transfers)
+        return Timeline(tuple(map(tuple, rows)), tuple(transfers), memory)
 
 
-def _check(plan: Plan, costs: Costs, transfer_s: float) -> None:
+def _run(
+    plan: Plan, costs: Costs, cluster: Cluster | None, blocking: bool
+) -> tuple[Rows, list[TransferSpan]]:
+    of_tasks = task_costs(plan, costs, cluster)
+    if not blocking:
+        return run_buffered(plan, of_tasks)
+    same_devices = cluster and Cluster(cluster.devices)  # with links that take no time
+    unhindered, _ = run_buffered(plan, task_costs(plan, costs, same_devices))
+    return run_blocking(plan, of_tasks, unhindered)
+
+
+def _check_costs(plan: Plan, costs: Costs) -> None:
     names = tuple(cost.name for cost in costs.layers)
     for index, (name, layer) in enumerate(zip_longest(names, plan.layers)):
         if name != layer:
@@ -50,5 +62,11 @@ def _check(plan: Plan, costs: Costs, transfer_s: float) -> None:
                 f"layer {index} is {layer!r} in the plan ({len(plan.layers)} layers) and {name!r} "
                 f"in the costs ({len(names)} layers); give the costs of the plan's layers, in order"
             )
-    if not (math.isfinite(transfer_s) and transfer_s >= 0):
-        raise ValueError(f"transfer_s is {transfer_s}; use finite seconds of 0 or more")
+
+
+def _check_cluster(plan: Plan, cluster: Cluster | None) -> None:
+    if cluster is not None and len(cluster.devices) < plan.num_devices:
+        raise ValueError(
+            f"the plan has {plan.num_devices} devices, but the cluster {len(cluster.devices)}; "
+            "describe each device of the plan, or make a plan for fewer"
+        )

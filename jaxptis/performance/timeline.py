@@ -1,41 +1,10 @@
 """The timeline: what every device does at which time, predicted or measured."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from jaxptis.performance.bubbles import Bubble
+from jaxptis.performance.bubbles import Bubble, Interval, bubble_of
 from jaxptis.performance.memory import MemoryCurve
-from jaxptis.plan import Task
-
-
-class Span(NamedTuple):
-    """A task and the seconds, from the start of the step, at which it starts and ends."""
-
-    task: Task
-    start_s: float
-    end_s: float
-
-
-class TransferSpan(NamedTuple):
-    """What goes from a device to another, and the seconds at which that starts and ends.
-
-    Attributes:
-        source: the device that sends.
-        target: the device that receives.
-        made_by: the task whose result is sent, an F or a backward.
-        reader: the stage that reads it.
-        start_s: from the start of the step.
-        end_s: when it is there.
-        num_bytes: that are sent.
-    """
-
-    source: int
-    target: int
-    made_by: Task
-    reader: int
-    start_s: float
-    end_s: float
-    num_bytes: int
+from jaxptis.performance.spans import Span, TransferSpan
 
 
 @dataclass(frozen=True)
@@ -71,7 +40,16 @@ class Timeline:
     @property
     def bubbles(self) -> tuple[Bubble, ...]:
         """When every device idles, and what of its transfers is hidden."""
-        raise NotImplementedError
+        transfers: list[list[Interval]] = [[] for _ in self.spans]
+        for source, target, _, _, start_s, end_s, _ in self.transfers:
+            interval = start_s, end_s
+            transfers[source].append(interval)
+            transfers[target].append(interval)
+        step_s = self.step_s
+        return tuple(
+            bubble_of(row, moving, step_s)
+            for row, moving in zip(self.spans, transfers, strict=True)
+        )
 
     def text(self) -> str:
         """Return the step, and of every device its bubble and its tasks, times in milliseconds."""

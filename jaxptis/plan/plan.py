@@ -1,6 +1,7 @@
 """The plan: partition (layers to stages), placement (stages to devices) and schedule."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
@@ -69,6 +70,11 @@ class Plan:
         """The index of every stage's first layer, then the number of layers."""
         return tuple(accumulate((len(stage.layers) for stage in self.stages), initial=0))
 
+    @cached_property
+    def order(self) -> tuple[Task, ...]:
+        """All tasks, each after those it needs and those before it in its row."""
+        return execution_order(self.schedule)
+
     def forward_only(self) -> Self:
         """Return the plan without its backward, for evaluation."""
         rows = (tuple(task for task in row if task.kind == "F") for row in self.schedule)
@@ -87,7 +93,7 @@ class Plan:
         _check_stages(self)
         _check_devices(self)
         _check_complete(self)
-        execution_order(self.schedule)
+        _ = self.order  # raises where the rows wait for each other
 
     def text(self) -> str:
         """Return the form that a person reads, edits and compares; see `jaxptis.plan.text`."""

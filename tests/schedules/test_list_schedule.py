@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jaxptis.performance import Costs, LayerCost, simulate
 from jaxptis.plan import Plan, Schedule, StagePlan
 from jaxptis.schedules import StageCosts, list_schedule, schedule
+from tests.clusters import equal_devices
 
 
 def _costs(seconds: Callable[[int, str], float], num_stages: int) -> StageCosts:
@@ -45,7 +46,8 @@ def _step_s(
         )
     )
     plan = Plan(stages=tuple(stages), schedule=rows)
-    return simulate(plan, Costs(tuple(layers)), transfer_s).step_s
+    cluster = equal_devices(len(rows), latency_s=transfer_s)
+    return simulate(plan, Costs(tuple(layers)), cluster).step_s
 
 
 def _peaks(rows: Schedule) -> list[int]:

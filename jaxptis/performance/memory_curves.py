@@ -1,0 +1,156 @@
+"""Follow what every device holds through the tasks and transfers of a step.
+
+Parameters, the sums of their gradients and the optimizer's state last for the whole step. What a
+forward saves, and what it makes for the next stage, is there from the start of the forward on; what
+I keeps for W from the start of I. The gradient that a B or I makes takes the place of the stage's
+input, which dies with it, as does what was saved. A result for another device stays until its
+transfer is over, and is on the other device from the start of the transfer on: an input until its B
+or I is over, a gradient until the task that reads it is. The input of the first stage is the batch,
+and is not counted. While a task runs, it has its temporaries; where a stage recomputes all, what is
+saved otherwise is a temporary of the backward.
+"""
+
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from operator import attrgetter
+from typing import NamedTuple
+
+from jaxptis.performance.costs import Costs, LayerCost, TiedParams
+from jaxptis.performance.memory import MemoryCurve
+from jaxptis.performance.spans import Rows, Span, TransferSpan
+from jaxptis.plan import Plan
+
+
+class _Change(NamedTuple):
+    """Bytes that come, or go if negative, by what they are."""
+
+    saved: int = 0
+    kept: int = 0
+    transfers: int = 0
+    temporaries: int = 0
+
+
+_Changes = Sequence[Mapping[str, tuple[_Change, _Change]]]  # of stage and kind: at start and end
+_Moments = defaultdict[float, int]  # how many bytes more there are from a moment on
+
+
+def memory_curves(
+    plan: Plan, costs: Costs, rows: Rows, transfers: Sequence[TransferSpan]
+) -> tuple[MemoryCurve, ...]:
+    """Return the memory of every device in a step of these tasks and transfers."""
+    trains = any(task.kind != "F" for row in plan.schedule for task in row)
+    changes = _changes(plan, costs, trains)
+    lasting = _lasting(plan, costs, trains)
+    moments = [defaultdict(int, {0.0: sum(each.values())}) for each in lasting]
+    _note_tasks(moments, rows, changes)
+    _note_transfers(moments, transfers)
+    totals = [_running_total(moment) for moment in moments]
+    peaks_s = [times_s[num_bytes.index(max(num_bytes))] for times_s, num_bytes in totals]
+    moved = _moved(transfers, peaks_s)
+    return tuple(
+        MemoryCurve(
+            times_s=times_s,
+            num_bytes=num_bytes,
+            peak_parts=lasts | _parts(row, changes, peak_s, moving)._asdict(),
+        )
+        for (times_s, num_bytes), lasts, row, peak_s, moving in zip(
+            totals, lasting, rows, peaks_s, moved, strict=True
+        )
+    )
+
+
+def _note_tasks(moments: Sequence[_Moments], rows: Rows, changes: _Changes) -> None:
+    sums = [{kind: (sum(a), sum(b)) for kind, (a, b) in each.items()} for each in changes]
+    for moment, row in zip(moments, rows, strict=True):
+        for task, start_s, end_s in row:
+            at_start, at_end = sums[task.stage][task.kind]
+            moment[start_s] += at_start
+            moment[end_s] += at_end
+
+
+def _note_transfers(moments: Sequence[_Moments], transfers: Sequence[TransferSpan]) -> None:
+    for source, target, _, _, start_s, end_s, num_bytes in transfers:
+        moments[target][start_s] += num_bytes
+        moments[source][end_s] -= num_bytes
+
+
+def _running_total(moment: _Moments) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Return the moments at which something changes, and how much there is from each on."""
+    times_s = sorted(time_s for time_s, change in moment.items() if change or not time_s)
+    return tuple(times_s), tuple(accumulate(map(moment.__getitem__, times_s)))
+
+
+def _moved(transfers: Sequence[TransferSpan], peaks_s: Sequence[float]) -> list[_Change]:
+    """Return what transfers have brought and taken until a moment of each device."""
+    moved = [[0, 0] for _ in peaks_s]  # saved, transfers
+    for source, target, made_by, _, start_s, end_s, num_bytes in transfers:
+        if start_s <= peaks_s[target]:
+            moved[target][made_by.kind != "F"] += num_bytes
+        if end_s <= peaks_s[source]:
+            moved[source][1] -= num_bytes
+    return [_Change(saved=saved, transfers=sent) for saved, sent in moved]
+
+
+def _parts(row: Sequence[Span], changes: _Changes, moment_s: float, moved: _Change) -> _Change:
+    """Return what the tasks of a device, and its transfers, have left there at a moment."""
+    ended = bisect_right(row, moment_s, key=attrgetter("end_s"))
+    started = bisect_right(row, moment_s, key=attrgetter("start_s"))
+    every = [(moved, 1)]
+    every += [(changes[task.stage][task.kind][0], 1) for task, _, _ in row[ended:started]]
+    counts = Counter((task.stage, task.kind) for task, _, _ in row[:ended])
+    for (stage, kind), count in counts.items():
+        every += [(change, count) for change in changes[stage][kind]]
+    return _Change(*(sum(each[part] * count for each, count in every) for part in range(4)))
+
+
+def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
+    """Return what each task changes when it starts and when it ends, its transfers not counted."""
+    home = [stage.device for stage in plan.stages]
+    ranges = [range(start, end) for start, end in pairwise(plan.boundaries)]
+    crossing = [0, *(costs.layers[layers.start].input_bytes for layers in ranges[1:]), 0]
+
+    def of_stage(stage: int) -> dict[str, tuple[_Change, _Change]]:
+        layers = [costs.layers[index] for index in ranges[stage]]
+        recompute = plan.stages[stage].recompute
+        read, made = crossing[stage], crossing[stage + 1]
+        saved = costs.saved_bytes(ranges[stage], recompute) if trains else 0
+        again = costs.saved_bytes(ranges[stage], "cheap") if recompute == "all" else 0
+        kept = sum(layer.kept_bytes for layer in layers)
+        most = max(layer.temporary_bytes for layer in layers)
+        stays = home[stage + 1 : stage + 2] == [home[stage]]
+        back = _Change(saved=-saved - read, transfers=read - made, temporaries=-most - again)
+        return {
+            "F": (
+                _Change(
+                    saved=saved + made * stays,
+                    transfers=made * (not stays),
+                    temporaries=most,
+                ),
+                _Change(saved=0 if trains else -read, temporaries=-most),
+            ),
+            "B": (_Change(temporaries=most + again), back),
+            "I": (_Change(kept=kept, temporaries=most + again), back),
+            "W": (_Change(temporaries=most), _Change(kept=-kept, temporaries=-most)),
+        }
+
+    return [of_stage(stage) for stage in range(plan.num_stages)]
+
+
+def _lasting(plan: Plan, costs: Costs, trains: bool) -> list[dict[str, int]]:
+    """Return what each device holds for the whole step; what layers share, it holds once."""
+    home = {name: stage.device for stage in plan.stages for name in stage.layers}
+    held: list[tuple[set[int], LayerCost | TiedParams]] = [
+        *(({home[layer.name]}, layer) for layer in costs.layers),
+        *(({home[name] for name in tied.layers}, tied) for tied in costs.tied),
+    ]
+    lasting = [
+        {"parameters": 0, "gradients": 0, "optimizer state": 0} for _ in range(plan.num_devices)
+    ]
+    for devices, owner in held:
+        for device in devices:
+            lasting[device]["parameters"] += owner.param_bytes
+            lasting[device]["gradients"] += owner.grad_bytes * trains
+            lasting[device]["optimizer state"] += owner.state_bytes * trains
+    return lasting
