@@ -78,6 +78,12 @@ def reachable(module, seen):
     return seen
 
 
+def test_every_folder_of_a_package_is_in_the_wheel():
+    """Setuptools leaves out a folder without an __init__.py."""
+    folders = {path.parent for name, path in SOURCES.items() if not within(name, "tests")}
+    assert not {folder for folder in folders if not (folder / "__init__.py").exists()}
+
+
 @pytest.mark.parametrize("module", SOURCES)
 def test_a_module_imports_only_lower_floors(module):
     floor = max((floor for floor in MAY_IMPORT if within(module, floor)), key=len)
