@@ -42,30 +42,37 @@ function gather(lane, boxes, numbers) {
       task = merge(lane, task, Math.floor(x), boxes);
       continue;
     }
-    boxes[fill[task]].push(x, top, wide > 3 ? wide - 0.7 : wide, tasks);
+    const left = snap(x), right = snap(x + wide);
+    boxes[fill[task]].push(left, top, wide > 3 ? right - left - 0.7 : right - left, tasks);
     const text = wide > LETTER ? String(timeline.microbatch[task]) : "";
     if (text && text.length * LETTER + 3 <= wide) numbers.push([text, fill[task], x + wide / 2, top + tasks / 2 + 0.5]);
     task++;
   }
 }
 
+// The nearest edge between pixels of the screen: boxes that touch have no seam.
+function snap(x) {
+  return Math.round(x * ratio) / ratio;
+}
+
 // Draw as one the tasks narrower than a pixel that start in the pixel at `x`; return the next task.
 function merge({ timeline, device, top, tasks }, task, x, boxes) {
   const { start, end, fill } = timeline;
   const first = task, last = timeline.first[device + 1];
-  const edge = toTime(x + 1), pixel_s = (view.to - view.from) / plotWidth;
-  let filled_s = 0, most = fill[task];
+  const from = toTime(x), to = toTime(x + 1);
+  let most = fill[task];
+  // What the task before has in this pixel fills it, too.
+  let filled_s = task > timeline.first[device] ? Math.max(0, end[task - 1] - from) : 0;
   do {
-    const took_s = end[task] - start[task];
-    merged_s[fill[task]] += took_s;
+    merged_s[fill[task]] += end[task] - start[task];
     if (merged_s[fill[task]] > merged_s[most]) most = fill[task];
-    filled_s += took_s;
+    filled_s += Math.min(end[task], to) - start[task];
     task++;
-  } while (task < last && start[task] < edge && end[task] - start[task] < pixel_s);
+  } while (task < last && start[task] < to && end[task] - start[task] < to - from);
+  const isNothing = merged_s[most] === 0; // a task may take no time
   for (let each = first; each < task; each++) merged_s[fill[each]] = 0;
-  if (!filled_s) return task; // a task may take no time
-  const high = Math.round(tasks * Math.max(0.25, Math.min(1, filled_s / pixel_s)));
-  addPixel(boxes[most], x, top - scrolled + tasks - high, high);
+  const high = Math.round(tasks * Math.max(0.25, Math.min(1, filled_s / (to - from))));
+  if (!isNothing) addPixel(boxes[most], x, top - scrolled + tasks - high, high);
   return task;
 }
 

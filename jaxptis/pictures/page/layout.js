@@ -2,7 +2,7 @@
 
 const chart = document.getElementById("chart");
 const canvas = chart.querySelector("canvas");
-const LEFT = isCompared ? 214 : 148, RIGHT = 14, TOP = 24;
+const LEFT = isCompared ? 218 : 156, RIGHT = 14, TOP = 24;
 // Heights of the parts of a lane and the gap between devices; the largest with which all fit.
 const SIZES = [
   { tasks: 27, transfers: 8, memory: 40, gap: 12 },
