@@ -106,6 +106,9 @@ def test_pointing_tells(opened):
     assert transfer[0] == "transfer from device 0 to device 1"
     assert transfer[1] == "what 0F0 made, for stage 1: 16 MiB"
 
+    below = browser.run("topOf(lanes[2]) - topOf(lanes[0]) + lanes[2].tasks + lanes[2].transfers")
+    assert hovered(browser, left + at, top + below - 1) == transfer  # where it is received
+
     height = browser.run("lanes[0].height")
     assert hovered(browser, left + at, top + height - 2)[1] == "peak: 6 GiB at 3.30 ms"
     browser.mouse("Moved", 5, 5)
@@ -153,6 +156,18 @@ def test_the_wheel_zooms_about_the_pointer_and_dragging_moves(opened):
 
     browser.click(x, y, count=2)
     assert browser.run("[view.from, view.to]") == [0, pytest.approx(timeline.step_s)]
+
+
+def test_the_wheel_scrolls_the_page_where_there_is_nothing_to_zoom_out_of(opened):
+    plan, timeline = even("zb-v", 4, 8)
+    browser = opened(timeline, plan=plan)
+    browser.run(
+        "taken = []; addEventListener('wheel', (event) => taken.push(event.defaultPrevented))"
+    )
+    x, y, _ = box_of(browser, 0, "3F4")
+    for turned in 200, -200:
+        browser.mouse("Wheel", x, y, deltaX=0, deltaY=turned)
+    assert browser.run("taken") == [False, True]
 
 
 def test_keys(opened):

@@ -57,6 +57,9 @@ def test_what_does_not_belong_together_is_refused(tmp_path, suffix):
         other.save(path, plan=plan)
     with pytest.raises(ValueError, match=r"the measured timeline device 0 runs stage 7"):
         timeline.save(path, measured=other, plan=plan)
+    moved = replace(timeline, spans=(timeline.spans[1], timeline.spans[0], *timeline.spans[2:]))
+    with pytest.raises(ValueError, match="device 0 runs stage 1, in the plan it does not"):
+        moved.save(path, plan=plan)
     with pytest.raises(ValueError, match="has 4 devices, the plan 2"):
         timeline.save(path, plan=even("1f1b", 2, 4)[0])
     with pytest.raises(ValueError, match="measured timeline has 2 devices, the predicted 4"):

@@ -8,7 +8,7 @@ function placeOf(event) {
   return { x: event.clientX - box.left, y: event.clientY - box.top };
 }
 
-let zoomed_ms = 0; // when the wheel was last used
+let zoomed_ms = -Infinity; // when the wheel was last used
 
 chart.addEventListener("wheel", (event) => {
   // Nothing is left to zoom out of: the wheel scrolls, unless it is still turning from a zoom.
