@@ -11,9 +11,10 @@ function placeOf(event) {
 let zoomed_ms = -Infinity; // when the wheel was last used
 
 chart.addEventListener("wheel", (event) => {
-  // Nothing is left to zoom out of: the wheel scrolls, unless it is still turning from a zoom.
+  // Where nothing is left to zoom out of the wheel scrolls, unless it is still turning from a zoom.
   const isWhole = view.from === 0 && view.to === longest_s;
-  if (isWhole && event.deltaY > 0 && event.timeStamp - zoomed_ms > 400) return;
+  const scrolls = isWhole && event.deltaY > 0 && event.timeStamp - zoomed_ms > 400;
+  if (scrolls || !event.cancelable) return; // the browser lets no one stop a scroll under way
   event.preventDefault();
   zoomed_ms = event.timeStamp;
   const unit = event.deltaMode === 1 ? 16 : event.deltaMode === 2 ? 400 : 1; // lines, pages, pixels
