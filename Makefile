@@ -45,7 +45,7 @@ $(VENV)/.ready: $(VENV)/bin/python setup.cfg pyproject.toml
 	touch $@
 
 $(VENV)/.ready-to-test: $(VENV)/bin/python setup.cfg pyproject.toml
-	$(python) -m pip install --quiet --editable '.[test,dev,foreign,torch]'
+	$(python) -m pip install --quiet --editable '.[test,dev,foreign,torch,pictures]'
 	@# A test trains one of flax's examples, which only its source distribution has.
 	$(python) -m pip download --quiet --no-deps --no-binary flax --dest $(VENV)/sdist \
 		flax==$$($(python) -c "import flax; print(flax.__version__)")

@@ -11,7 +11,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Parts of test names: what needs no jax runs first, what trains runs last, the rest between.
-FIRST = ("test_imports", "/plan/", "/schedules/", "/performance/", "/optimizer/")
+FIRST = ("test_imports", "/plan/", "/schedules/", "/performance/", "/pictures/", "/optimizer/")
 LAST = ("/experiments/", "test_readme")
 
 

@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "jaxptis.cluster": set(),
     "jaxptis.plan": {"jaxptis.cluster"},
     "jaxptis.schedules": {"jaxptis.cluster", "jaxptis.plan"},
-    "jaxptis.performance": {"jaxptis.cluster", "jaxptis.plan", "passes"},
+    # A timeline draws itself.
+    "jaxptis.performance": {"jaxptis.cluster", "jaxptis.plan", "jaxptis.pictures", "passes"},
+    "jaxptis.pictures": {"jaxptis.plan", "jaxptis.performance"},
     "jaxptis.optimizer": PLANNING,
     "jaxptis.processes": {"passes"},
     "jaxptis.executor": PLANNING | {"jaxptis.processes", "passes"},
@@ -43,6 +45,7 @@ JAX_FREE = (
     "jaxptis.plan",
     "jaxptis.schedules",
     "jaxptis.optimizer",
+    "jaxptis.pictures",
     "jaxptis.performance.simulate",
     "jaxptis.performance.costs",
     "jaxptis.executor.tasks",

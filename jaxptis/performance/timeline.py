@@ -1,10 +1,12 @@
 """The timeline: what every device does at which time, predicted or measured."""
 
 from dataclasses import dataclass
+from os import PathLike
 
 from jaxptis.performance.bubbles import Bubble, Interval, bubble_of
 from jaxptis.performance.memory import MemoryCurve
 from jaxptis.performance.spans import Span, TransferSpan
+from jaxptis.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,34 @@ class Timeline:
             bubble_of(row, moving, step_s)
             for row, moving in zip(self.spans, transfers, strict=True)
         )
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        measured: "Timeline | None" = None,
+        plan: Plan | None = None,
+        title: str = "",
+    ) -> None:
+        """Write a picture, in the form that the suffix of the path names.
+
+        `.html`: a page for a browser, to zoom into and ask. `.json`: a trace for ui.perfetto.dev.
+        `.png`, `.svg`, `.pdf`: a figure for a paper (pip install 'jaxptis[pictures]'). `.txt`: a
+        chart of characters.
+
+        Args:
+            path: of the file.
+            measured: what really ran, to stand beside this, the predicted timeline.
+            plan: names the layers.
+            title: of the picture.
+
+        Raises:
+            ValueError: the suffix is not known, the step takes no time, or the timelines and the
+                plan are not of one pipeline.
+        """
+        from jaxptis.pictures.save import save  # pictures are of timelines
+
+        save(path, self, measured=measured, plan=plan, title=title)
 
     def text(self) -> str:
         """Return the step, and of every device its bubble and its tasks, times in milliseconds."""

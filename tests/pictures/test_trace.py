@@ -1,0 +1,118 @@
+import json
+from collections import defaultdict
+from itertools import pairwise
+
+import pytest
+
+from jaxptis.performance.timeline import TransferSpan
+from jaxptis.pictures import save_trace
+from jaxptis.plan import Task
+from tests.pictures.timelines import even, jittered, uneven
+
+
+def events_of(tmp_path, *args, **options):
+    save_trace(tmp_path / "trace.json", *args, **options)
+    return json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def slices_of(events):
+    """Slices in the order of time, by process and thread."""
+    threads = defaultdict(list)
+    for event in sorted((e for e in events if e["ph"] == "X"), key=lambda e: e["ts"]):
+        threads[event["pid"], event["tid"]].append(event)
+    return threads
+
+
+def names_of(events, what):
+    return {(e["pid"], e.get("tid")): e["args"]["name"] for e in events if e["name"] == what}
+
+
+def test_a_slice_for_each_task_in_microseconds(tmp_path):
+    plan, timeline = even("zb-v", 4, 8, transfer_s=1e-4)
+    events = events_of(tmp_path, timeline, plan=plan)
+    threads = slices_of(events)
+    for device, row in enumerate(timeline.spans):
+        slices = threads[device, 0]
+        assert [each["name"] for each in slices] == [str(span.task) for span in row]
+        for shown, (task, start_s, end_s) in zip(slices, row, strict=True):
+            assert shown["ts"] == pytest.approx(start_s * 1e6)
+            assert shown["dur"] == pytest.approx((end_s - start_s) * 1e6)
+            assert shown["args"]["layers"] == ", ".join(plan.stages[task.stage].layers)
+    assert names_of(events, "process_name") == {(d, None): f"device {d}" for d in range(4)}
+    threads = names_of(events, "thread_name")
+    assert [threads[d, tid] for d in range(4) for tid in (0, 1)] == ["compute", "transfers"] * 4
+
+
+def test_slices_of_a_thread_do_not_overlap(tmp_path):
+    """Perfetto nests slices of a thread: transfers that overlap need a thread each."""
+    _, timeline = uneven(4)
+    made_by = timeline.spans[0][0].task
+    overlapping = tuple(
+        TransferSpan(0, 1, made_by, 1, start_s, start_s + 2.5, 8)
+        for start_s in (0.0, 1.0, 2.0, 3.0)
+    )
+    timeline = type(timeline)(timeline.spans, overlapping)
+    threads = slices_of(events_of(tmp_path, timeline))
+    for slices in threads.values():
+        for before, after in pairwise(slices):
+            assert after["ts"] >= before["ts"] + before["dur"] - 1e-6
+    # Three are under way at 2 s; the fourth starts when the first is done.
+    assert [len(threads[0, tid]) for tid in (1, 2, 3)] == [2, 1, 1]
+    assert (0, 4) not in threads
+
+
+def test_arrows_lead_from_the_maker_to_the_reader(tmp_path):
+    plan, timeline = even("zb-v", 4, 8, transfer_s=1e-4)
+    events = events_of(tmp_path, timeline, plan=plan)
+    threads = slices_of(events)
+
+    def slice_at(event):
+        (found,) = (
+            each
+            for each in threads[event["pid"], event["tid"]]
+            if each["ts"] < event["ts"] < each["ts"] + each["dur"]
+        )
+        return Task.parse(found["name"])
+
+    starts = {e["id"]: slice_at(e) for e in events if e["ph"] == "s"}
+    ends = {e["id"]: slice_at(e) for e in events if e["ph"] == "f"}
+    assert len(starts) == len(ends) == len(timeline.transfers) > 0
+    for number, maker in starts.items():
+        # A forward goes to the next stage, a gradient to the one before, on another device.
+        step = 1 if maker.kind == "F" else -1
+        assert ends[number] == Task(maker.stage + step, maker.kind, maker.microbatch)
+
+
+def test_whole_backwards_have_arrows_too(tmp_path):
+    _, timeline = uneven(4, transfer_s=1e-4)
+    events = events_of(tmp_path, timeline)
+    assert sum(event["ph"] == "f" for event in events) == 4 * 3 * 2
+
+
+def test_memory_is_a_counter(tmp_path):
+    _, timeline = uneven(4)
+    events = events_of(tmp_path, timeline)
+    for device, curve in enumerate(timeline.memory):
+        counted = [e for e in events if e["ph"] == "C" and e["pid"] == device]
+        assert [event["args"]["bytes"] for event in counted] == list(curve.num_bytes)
+        assert [event["ts"] for event in counted] == [1e6 * time_s for time_s in curve.times_s]
+
+
+def test_predicted_and_measured_are_two_groups(tmp_path):
+    plan, timeline = uneven(4, transfer_s=1e-4)
+    events = events_of(tmp_path, timeline, measured=jittered(timeline), plan=plan)
+    names = names_of(events, "process_name")
+    assert [names[pid, None] for pid in range(8)] == [
+        f"{group} device {device}" for group in ("predicted", "measured") for device in range(4)
+    ]
+    arrows = [event["id"] for event in events if event["ph"] == "s"]
+    assert len(set(arrows)) == len(arrows) == 2 * len(timeline.transfers)
+
+
+def test_a_reader_that_is_not_there_has_no_arrow(tmp_path):
+    """A timeline of a part of a step is drawn, too."""
+    _, timeline = uneven(2, transfer_s=1e-4)
+    first, second, *others = timeline.spans
+    cut = type(timeline)((first, second[-1:], *others), timeline.transfers[:1])
+    assert cut.transfers[0].target == 1
+    assert not [event for event in events_of(tmp_path, cut) if event["ph"] in "sf"]
