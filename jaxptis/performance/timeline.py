@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from os import PathLike
 
 from jaxptis.performance.bubbles import Bubble, Interval, bubble_of
+from jaxptis.performance.comparison import Comparison, compare
 from jaxptis.performance.memory import MemoryCurve
 from jaxptis.performance.spans import Span, TransferSpan
 from jaxptis.plan import Plan
@@ -80,6 +81,14 @@ class Timeline:
         from jaxptis.pictures.save import save  # pictures are of timelines
 
         save(path, self, measured=measured, plan=plan, title=title)
+
+    def compare(self, other: "Timeline") -> Comparison:
+        """Say where this timeline and another of the same plan part.
+
+        Raises:
+            ValueError: they have not the same stages on the same devices.
+        """
+        return compare(self, other)
 
     def text(self) -> str:
         """Return the step, and of every device its bubble and its tasks, times in milliseconds."""
