@@ -17,6 +17,9 @@ class DeviceSpec:
         bytes_per_s: peak of reading and writing its memory.
         memory_bytes: that it has; None if that sets no limit.
         speed: how fast it is beside the device that costs are of; 0.5 takes twice as long.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     kind: str
@@ -84,7 +87,11 @@ class _Device(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """How long a transfer takes: `latency_s`, and its bytes over `bytes_per_s`."""
+    """How long a transfer takes: `latency_s`, and its bytes over `bytes_per_s`.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
 
     latency_s: float = 0.0
     bytes_per_s: float = math.inf
@@ -110,6 +117,9 @@ class Cluster:
         devices: each of them.
         link: between any two of them, in each direction.
         links: those that differ, by source and target.
+
+    Raises:
+        ValueError: there are no devices, or a link is not between two of them.
     """
 
     devices: tuple[DeviceSpec, ...]

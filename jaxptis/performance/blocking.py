@@ -53,6 +53,8 @@ def run_blocking(plan: Plan, costs: TaskCosts, unhindered: Rows) -> tuple[Rows, 
 
 def _exchange_s(exchange: _Exchange) -> float:
     """Return the seconds of the direction that takes longer."""
+    if len(exchange) == 1:
+        return exchange[0].result.transfer_s
     each_way: defaultdict[tuple[int, int], float] = defaultdict(float)
     for _, result in exchange:
         each_way[result.link] += result.transfer_s

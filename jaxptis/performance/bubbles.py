@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jaxptis.performance.spans import Span
+from jaxptis.performance.spans import Span, TransferSpan
+
+_Interval = tuple[float, float]  # start and end in seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +32,7 @@ class Bubble:
         return self.warm_up_s + self.steady_s + self.cool_down_s
 
 
-Interval = tuple[float, float]  # start and end in seconds
-
-
-def bubble_of(row: Sequence[Span], transfers: Iterable[Interval], step_s: float) -> Bubble:
+def bubble_of(row: Sequence[Span], transfers: Sequence[TransferSpan], step_s: float) -> Bubble:
     """Sort the idle seconds of a device, and those in which it sends or receives.
 
     Seconds in which several of its transfers run count once.
@@ -48,7 +47,7 @@ def bubble_of(row: Sequence[Span], transfers: Iterable[Interval], step_s: float)
     idle = list(zip(edges[::2], edges[1::2], strict=True))
     warm_up_s, *others_s = (end_s - start_s for start_s, end_s in idle)
     cool_down_s = others_s.pop() if others_s else 0.0
-    moving = _union(transfers)
+    moving = _union((start_s, end_s) for _, _, _, _, start_s, end_s, _ in transfers)
     return Bubble(
         warm_up_s=warm_up_s,
         steady_s=sum(others_s, 0.0),
@@ -58,9 +57,9 @@ def bubble_of(row: Sequence[Span], transfers: Iterable[Interval], step_s: float)
     )
 
 
-def _union(intervals: Iterable[Interval]) -> list[Interval]:
+def _union(intervals: Iterable[_Interval]) -> list[_Interval]:
     """Join intervals, given in the order of their starts, where they touch."""
-    joined: list[Interval] = []
+    joined: list[_Interval] = []
     until_s = -1.0
     for interval in intervals:
         start_s, end_s = interval
@@ -73,7 +72,7 @@ def _union(intervals: Iterable[Interval]) -> list[Interval]:
     return joined
 
 
-def _overlap_s(first: Sequence[Interval], second: Sequence[Interval]) -> float:
+def _overlap_s(first: Sequence[_Interval], second: Sequence[_Interval]) -> float:
     """Return the seconds that both have; the intervals of each are in order and apart."""
     total_s, i, j = 0.0, 0, 0
     while i < len(first) and j < len(second):

@@ -20,7 +20,7 @@ def simulate(
 ) -> Timeline:
     """Start every task as soon as its device is free and what it needs has arrived.
 
-    A device runs its tasks in the order of its row, one at a time. Linear in the number of tasks.
+    A device runs its tasks in the order of its row, one at a time.
 
     Args:
         plan: the plan to run.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from os import PathLike
 
-from jaxptis.performance.bubbles import Bubble, Interval, bubble_of
+from jaxptis.performance.bubbles import Bubble, bubble_of
 from jaxptis.performance.comparison import Comparison, compare
 from jaxptis.performance.memory import MemoryCurve
 from jaxptis.performance.spans import Span, TransferSpan
@@ -43,11 +43,10 @@ class Timeline:
     @property
     def bubbles(self) -> tuple[Bubble, ...]:
         """When every device idles, and what of its transfers is hidden."""
-        transfers: list[list[Interval]] = [[] for _ in self.spans]
-        for source, target, _, _, start_s, end_s, _ in self.transfers:
-            interval = start_s, end_s
-            transfers[source].append(interval)
-            transfers[target].append(interval)
+        transfers: list[list[TransferSpan]] = [[] for _ in self.spans]
+        for each in self.transfers:
+            transfers[each.source].append(each)
+            transfers[each.target].append(each)
         step_s = self.step_s
         return tuple(
             bubble_of(row, moving, step_s)

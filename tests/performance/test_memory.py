@@ -128,20 +128,28 @@ def test_microbatches_in_flight(P: int, M: int) -> None:
 
 def test_a_cluster_with_too_little() -> None:
     timeline = simulate(PLAN, COSTS, equal_devices(2, latency_s=1))
-    check_memory(timeline.memory, Cluster((device(), device(memory_bytes=2403))))
+    check_memory(timeline, Cluster((device(), device(memory_bytes=2403))))
     message = (
         r"device 1 needs 2,403 bytes 4000.000 ms into the step, but has 2,402; most of it, 2,000 "
         "bytes, is gradients: give it fewer layers"
     )
     with pytest.raises(ValueError, match=message):
-        check_memory(timeline.memory, Cluster((device(), device(memory_bytes=2402))))
+        check_memory(timeline, Cluster((device(), device(memory_bytes=2402))))
 
 
 @pytest.mark.parametrize("part", simulate(PLAN, COSTS).memory[0].peak_parts)
 def test_every_part_has_a_remedy(part: str) -> None:
     curve = MemoryCurve(times_s=(0.0,), num_bytes=(9,), peak_parts={"saved": 3, part: 6})
     with pytest.raises(ValueError, match=f"most of it, 6 bytes, is {part}: [a-z]+ "):
-        check_memory([curve], Cluster((device(memory_bytes=1),)))
+        check_memory(Timeline(((),), memory=(curve,)), Cluster((device(memory_bytes=1),)))
+
+
+def test_memory_that_cannot_be_checked() -> None:
+    timeline = simulate(PLAN, COSTS)
+    with pytest.raises(ValueError, match=r"has 2 devices, but the cluster 1; describe each"):
+        check_memory(timeline, equal_devices(1))
+    with pytest.raises(ValueError, match="says nothing of memory; use one that `simulate`"):
+        check_memory(Timeline(timeline.spans), equal_devices(2))
 
 
 # ---- Hold by hold --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Small steps counted by hand, and what is refused."""
 
+import gc
 from dataclasses import replace
 from math import inf, nan
 from typing import Any
@@ -15,6 +16,7 @@ from jaxptis.performance import (
     roofline_s,
     simulate,
 )
+from jaxptis.performance.collector import collector_paused
 from jaxptis.plan import Plan, Task
 from tests.clusters import device, equal_devices
 from tests.small_plans import layer_costs, named_plan
@@ -164,6 +166,19 @@ def test_nothing_takes_no_time(blocking: bool) -> None:
     timeline = simulate(plan, layer_costs(plan, lambda *_: 0), blocking=blocking)
     assert (timeline.step_s, timeline.bubble) == (0.0, (0.0, 0.0))
     assert [len(curve.times_s) for curve in timeline.memory] == [1, 1]
+
+
+@pytest.mark.parametrize("was_on", [False, True])
+def test_the_collector_is_left_as_it_was(was_on: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if was_on else gc.disable)()
+        with pytest.raises(KeyError), collector_paused():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == was_on
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_costs_of_another_model() -> None:
