@@ -59,9 +59,9 @@ def test_numbers_are_as_perfetto_wants_them(tmp_path):
 
 
 def overlaps(slices):
-    """In nanoseconds, cut off as a reader may."""
+    """In whole nanoseconds, as Perfetto counts."""
     return any(
-        int(after["ts"] * 1000) < int(before["ts"] * 1000) + int(before["dur"] * 1000)
+        round(after["ts"] * 1000) < round(before["ts"] * 1000) + round(before["dur"] * 1000)
         for before, after in pairwise(slices)
     )
 
