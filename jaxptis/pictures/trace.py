@@ -3,20 +3,25 @@
 The form is that of the document "Trace Event Format" of the Chromium project: times are in
 microseconds, "X" is a slice, "s" and "f" are the ends of an arrow between slices, "C" is a counter
 and "M" names a process or a thread.
+
+Perfetto keeps process and thread 0 for the idle task, names threads by their number alone, and
+gives counters to the thread with the number of its process. So numbers start at 1, no two threads
+share one, and that of a device's tasks has the number of the process.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from jaxptis.performance.timeline import Timeline, TransferSpan
+from jaxptis.performance.memory import MemoryCurve
+from jaxptis.performance.timeline import Span, Timeline, TransferSpan
 from jaxptis.pictures.colors import KIND_WORDS
 from jaxptis.pictures.together import named
-from jaxptis.plan import Plan
-
-_COMPUTE, _TRANSFERS = 0, 1  # threads of a process; further ones for transfers that overlap
+from jaxptis.plan import Plan, Task
 
 Event = dict[str, Any]
 
@@ -39,104 +44,134 @@ def save_trace(
         title: stands among the information about the trace.
 
     Raises:
-        ValueError: the timelines and the plan are not of one pipeline.
+        ValueError: the step takes no time, or the timelines and the plan are not of one pipeline.
     """
+    given = named(timeline, measured, plan)
+    num_devices = len(timeline.spans)
     events: list[Event] = []
-    for group, (name, one) in enumerate(named(timeline, measured, plan).items()):
-        events += _events(one, plan, f"{name} ".lstrip(), first=group * len(one.spans))
-    trace = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"title": title}}
+    for group, (name, one) in enumerate(given.items()):
+        processes = [
+            _Process(
+                device=device,
+                name=f"{name} device {device}".lstrip(),
+                pid=1 + group * num_devices + device,
+                num_processes=len(given) * num_devices,
+            )
+            for device in range(num_devices)
+        ]
+        events += _events(one, plan, processes)
+        events += _arrows(one, processes, first=len(timeline.transfers) * group)
+    trace = {"traceEvents": events, "otherData": {"title": title}}
     Path(path).write_text(json.dumps(trace, separators=(",", ":")), encoding="utf-8")
 
 
-def _events(timeline: Timeline, plan: Plan | None, group: str, first: int) -> Iterator[Event]:
-    """Give the events of a timeline, whose first device is process `first`."""
-    lanes = {device: _lanes(timeline, device) for device in range(len(timeline.spans))}
-    for device, row in enumerate(timeline.spans):
-        pid = first + device
-        yield from _names(pid, f"{group}device {device}", len(lanes[device]))
-        for task, start_s, end_s in row:
-            words: Event = {"kind": KIND_WORDS[task.kind], "stage": task.stage}
-            words["microbatch"] = task.microbatch
-            if plan is not None:
-                words["layers"] = ", ".join(plan.stages[task.stage].layers)
-            yield _slice(pid, _COMPUTE, str(task), start_s, end_s, words)
-        for lane, transfers in enumerate(lanes[device]):
+@dataclass(frozen=True, kw_only=True)
+class _Process:
+    device: int
+    name: str
+    pid: int
+    num_processes: int
+
+    def tid(self, lane: int) -> int:
+        """Return the number of a thread: lane 0 has the tasks, others transfers."""
+        return self.pid + lane * self.num_processes
+
+    def event(self, phase: str, name: str, lane: int = 0, **more: Any) -> Event:
+        return {"ph": phase, "name": name, "pid": self.pid, "tid": self.tid(lane), **more}
+
+    def slice(
+        self, name: str, lane: int, start_s: float, end_s: float, words: dict[str, Any]
+    ) -> Event:
+        start_us, end_us = _microseconds(start_s), _microseconds(end_s)
+        return self.event("X", name, lane, ts=start_us, dur=end_us - start_us, args=words)
+
+
+def _microseconds(seconds: float) -> float:
+    """Round to an eighth, which floats hold exactly: slices that touch do so for a reader, too."""
+    return round(seconds * 8e6) / 8
+
+
+def _events(timeline: Timeline, plan: Plan | None, processes: list[_Process]) -> Iterator[Event]:
+    lanes = _lanes(timeline)
+    for process, row in zip(processes, timeline.spans, strict=True):
+        yield from _names(process, len(lanes[process.device]))
+        for span in row:
+            yield _task(process, span, plan)
+        for lane, transfers in enumerate(lanes[process.device], start=1):
             for transfer in transfers:
-                yield _transfer(pid, _TRANSFERS + lane, transfer, device)
-        if timeline.memory:
-            curve = timeline.memory[device]
-            for time_s, num_bytes in zip(curve.times_s, curve.num_bytes, strict=True):
-                yield {"ph": "C", "name": "memory", "pid": pid, "ts": time_s * 1e6} | {
-                    "args": {"bytes": num_bytes}
-                }
-    yield from _arrows(timeline, first)
+                yield _transfer(process, lane, transfer)
+    for process, curve in zip(processes, timeline.memory, strict=False):
+        yield from _counter(process, curve)
 
 
-def _names(pid: int, name: str, num_lanes: int) -> Iterator[Event]:
-    yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
-    yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}
+def _names(process: _Process, num_lanes: int) -> Iterator[Event]:
+    yield process.event("M", "process_name", args={"name": process.name})
+    yield process.event("M", "process_sort_index", args={"sort_index": process.pid})
     more = ("transfers", *(f"transfers {lane + 1}" for lane in range(1, num_lanes)))
-    for tid, thread in enumerate(("compute", *more)):
-        for what, value in ("name", thread), ("sort_index", tid):
-            event: Event = {"ph": "M", "name": f"thread_{what}", "pid": pid, "tid": tid}
-            yield event | {"args": {what: value}}
+    for lane, name in enumerate(("compute", *more)):
+        yield process.event("M", "thread_name", lane, args={"name": name})
+        yield process.event("M", "thread_sort_index", lane, args={"sort_index": lane})
 
 
-def _slice(
-    pid: int, tid: int, name: str, start_s: float, end_s: float, words: dict[str, Any]
-) -> Event:
-    event: Event = {"ph": "X", "name": name, "pid": pid, "tid": tid, "args": words}
-    return event | {"ts": start_s * 1e6, "dur": (end_s - start_s) * 1e6}
+def _task(process: _Process, span: Span, plan: Plan | None) -> Event:
+    task = span.task
+    words = {
+        "kind": KIND_WORDS[task.kind],
+        "stage": task.stage,
+        "microbatch": task.microbatch,
+    }
+    layers = {"layers": ", ".join(plan.stages[task.stage].layers)} if plan else {}
+    return process.slice(str(task), 0, span.start_s, span.end_s, words | layers)
 
 
-def _transfer(pid: int, tid: int, transfer: TransferSpan, device: int) -> Event:
-    to_or_from = (
-        f"to device {transfer.target}"
-        if transfer.source == device
-        else f"from device {transfer.source}"
-    )
+def _transfer(process: _Process, lane: int, transfer: TransferSpan) -> Event:
+    if transfer.source == process.device:
+        name = f"{transfer.made_by} to device {transfer.target}"
+    else:
+        name = f"{transfer.made_by} from device {transfer.source}"
     words = {"reader": f"stage {transfer.reader}", "bytes": transfer.num_bytes}
-    name = f"{transfer.made_by} {to_or_from}"
-    return _slice(pid, tid, name, transfer.start_s, transfer.end_s, words)
+    return process.slice(name, lane, transfer.start_s, transfer.end_s, words)
 
 
-def _lanes(timeline: Timeline, device: int) -> list[list[TransferSpan]]:
-    """Lay the transfers of a device out so that none overlaps another: slices of a thread nest."""
-    lanes: list[list[TransferSpan]] = [[]]
+def _counter(process: _Process, curve: MemoryCurve) -> Iterator[Event]:
+    for time_s, num_bytes in zip(curve.times_s, curve.num_bytes, strict=True):
+        yield process.event("C", "memory", ts=_microseconds(time_s), args={"bytes": num_bytes})
+
+
+def _lanes(timeline: Timeline) -> dict[int, list[list[TransferSpan]]]:
+    """Lay out the transfers of each device so that none overlaps another: slices must nest."""
+    lanes: defaultdict[int, list[list[TransferSpan]]] = defaultdict(lambda: [[]])
     for transfer in sorted(timeline.transfers, key=lambda each: each.start_s):
-        if device in (transfer.source, transfer.target):
-            free = (lane for lane in lanes if not lane or lane[-1].end_s <= transfer.start_s)
+        for device in (transfer.source, transfer.target):
+            own = lanes[device]
+            free = (lane for lane in own if not lane or lane[-1].end_s <= transfer.start_s)
             lane = next(free, None)
             if lane is None:
-                lanes.append(lane := [])
+                own.append(lane := [])
             lane.append(transfer)
     return lanes
 
 
-def _arrows(timeline: Timeline, first: int) -> Iterator[Event]:
+def _arrows(timeline: Timeline, processes: list[_Process], first: int) -> Iterator[Event]:
     """Give an arrow for each transfer, from the task that made what is sent to its reader.
 
-    An end of an arrow belongs to the slice of the thread that is open then: so it is put in its
-    middle.
+    The ends of an arrow belong to the slices that are open then, so they lie in their middle.
     """
-    middle_us: dict[tuple[int, str, int], float] = {}
-    for row in timeline.spans:
-        for task, start_s, end_s in row:
-            middle_us[task.stage, task.kind, task.microbatch] = (start_s + end_s) / 2 * 1e6
-    for number, transfer in enumerate(timeline.transfers):
-        task = transfer.made_by
-        readers = _readers(transfer)
-        reader = next((each for each in readers if each in middle_us), None)
-        if reader is None:
-            continue
-        arrow: Event = {"name": "transfer", "cat": "transfer", "id": first * 10**6 + number}
-        start_us = middle_us[task.stage, task.kind, task.microbatch]
-        yield arrow | {"ph": "s", "pid": first + transfer.source, "tid": _COMPUTE, "ts": start_us}
-        end: Event = {"ph": "f", "bp": "e", "pid": first + transfer.target, "tid": _COMPUTE}
-        yield arrow | end | {"ts": middle_us[reader]}
+    middle_us = {
+        span.task: (_microseconds(span.start_s) + _microseconds(span.end_s)) / 2
+        for row in timeline.spans
+        for span in row
+    }
+    for number, transfer in enumerate(timeline.transfers, start=first):
+        reader = next((each for each in _readers(transfer) if each in middle_us), None)
+        if reader is not None:
+            source, target = processes[transfer.source], processes[transfer.target]
+            arrow: Event = {"cat": "transfer", "id": number}
+            yield source.event("s", "transfer", ts=middle_us[transfer.made_by], **arrow)
+            yield target.event("f", "transfer", ts=middle_us[reader], bp="e", **arrow)
 
 
-def _readers(transfer: TransferSpan) -> Sequence[tuple[int, str, int]]:
+def _readers(transfer: TransferSpan) -> tuple[Task, ...]:
     """Return the tasks that may read what is sent: a forward, or either form of a backward."""
     kinds = "F" if transfer.made_by.kind == "F" else "BI"
-    return [(transfer.reader, kind, transfer.made_by.microbatch) for kind in kinds]
+    return tuple(Task(transfer.reader, kind, transfer.made_by.microbatch) for kind in kinds)

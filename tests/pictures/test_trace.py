@@ -24,23 +24,51 @@ def slices_of(events):
 
 
 def names_of(events, what):
-    return {(e["pid"], e.get("tid")): e["args"]["name"] for e in events if e["name"] == what}
+    return {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == what}
 
 
 def test_a_slice_for_each_task_in_microseconds(tmp_path):
     plan, timeline = even("zb-v", 4, 8, transfer_s=1e-4)
     events = events_of(tmp_path, timeline, plan=plan)
     threads = slices_of(events)
-    for device, row in enumerate(timeline.spans):
-        slices = threads[device, 0]
+    for pid, row in enumerate(timeline.spans, start=1):
+        slices = threads[pid, pid]
         assert [each["name"] for each in slices] == [str(span.task) for span in row]
         for shown, (task, start_s, end_s) in zip(slices, row, strict=True):
-            assert shown["ts"] == pytest.approx(start_s * 1e6)
-            assert shown["dur"] == pytest.approx((end_s - start_s) * 1e6)
+            assert shown["ts"] == pytest.approx(start_s * 1e6, abs=1 / 16)
+            assert shown["dur"] == pytest.approx((end_s - start_s) * 1e6, abs=1 / 8)
             assert shown["args"]["layers"] == ", ".join(plan.stages[task.stage].layers)
-    assert names_of(events, "process_name") == {(d, None): f"device {d}" for d in range(4)}
-    threads = names_of(events, "thread_name")
-    assert [threads[d, tid] for d in range(4) for tid in (0, 1)] == ["compute", "transfers"] * 4
+    processes = names_of(events, "process_name")
+    assert processes == {(pid, pid): f"device {pid - 1}" for pid in range(1, 5)}
+    names = [names_of(events, "thread_name")[pid, pid + 4 * n] for pid in (1, 4) for n in (0, 1)]
+    assert names == ["compute", "transfers"] * 2
+
+
+def test_numbers_are_as_perfetto_wants_them(tmp_path):
+    """None is 0, a thread is of one process, and tasks have the thread with its number."""
+    _, timeline = even("zb-v", 4, 8, transfer_s=1e-4)
+    events = events_of(tmp_path, timeline, measured=jittered(timeline))
+    process_of = {}
+    for event in events:
+        assert event["pid"] > 0
+        assert event["tid"] > 0
+        assert process_of.setdefault(event["tid"], event["pid"]) == event["pid"]
+    assert len(process_of) >= 2 * 4 * 2
+    computes = {e["tid"] for e in events if e["ph"] == "X" and "kind" in e["args"]}
+    assert computes == {event["pid"] for event in events}
+
+
+def overlaps(slices):
+    """In whole nanoseconds, as Perfetto counts."""
+    return any(
+        round(after["ts"] * 1000) < round(before["ts"] * 1000) + round(before["dur"] * 1000)
+        for before, after in pairwise(slices)
+    )
+
+
+def test_slices_that_touch_do_not_overlap_when_rounded(tmp_path):
+    _, timeline = uneven(40, head_ms=10 / 3, transfer_s=1e-3 / 7)
+    assert not any(map(overlaps, slices_of(events_of(tmp_path, timeline)).values()))
 
 
 def test_slices_of_a_thread_do_not_overlap(tmp_path):
@@ -53,12 +81,10 @@ def test_slices_of_a_thread_do_not_overlap(tmp_path):
     )
     timeline = type(timeline)(timeline.spans, overlapping)
     threads = slices_of(events_of(tmp_path, timeline))
-    for slices in threads.values():
-        for before, after in pairwise(slices):
-            assert after["ts"] >= before["ts"] + before["dur"] - 1e-6
+    assert not any(map(overlaps, threads.values()))
     # Three are under way at 2 s; the fourth starts when the first is done.
-    assert [len(threads[0, tid]) for tid in (1, 2, 3)] == [2, 1, 1]
-    assert (0, 4) not in threads
+    assert [len(threads[1, 1 + 4 * lane]) for lane in (1, 2, 3)] == [2, 1, 1]
+    assert (1, 1 + 4 * 4) not in threads
 
 
 def test_arrows_lead_from_the_maker_to_the_reader(tmp_path):
@@ -92,17 +118,18 @@ def test_whole_backwards_have_arrows_too(tmp_path):
 def test_memory_is_a_counter(tmp_path):
     _, timeline = uneven(4)
     events = events_of(tmp_path, timeline)
-    for device, curve in enumerate(timeline.memory):
-        counted = [e for e in events if e["ph"] == "C" and e["pid"] == device]
+    for pid, curve in enumerate(timeline.memory, start=1):
+        counted = [e for e in events if e["ph"] == "C" and e["pid"] == pid]
         assert [event["args"]["bytes"] for event in counted] == list(curve.num_bytes)
-        assert [event["ts"] for event in counted] == [1e6 * time_s for time_s in curve.times_s]
+        times_us = [event["ts"] for event in counted]
+        assert times_us == pytest.approx([1e6 * time_s for time_s in curve.times_s], abs=1 / 16)
 
 
 def test_predicted_and_measured_are_two_groups(tmp_path):
     plan, timeline = uneven(4, transfer_s=1e-4)
     events = events_of(tmp_path, timeline, measured=jittered(timeline), plan=plan)
     names = names_of(events, "process_name")
-    assert [names[pid, None] for pid in range(8)] == [
+    assert [names[pid, pid] for pid in range(1, 9)] == [
         f"{group} device {device}" for group in ("predicted", "measured") for device in range(4)
     ]
     arrows = [event["id"] for event in events if event["ph"] == "s"]
