@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 
-from jaxptis.performance import Span
+from jaxptis.performance import Span, Timeline
 from jaxptis.performance.memory import MemoryCurve
 from jaxptis.pictures import find_bottleneck, say_memory
 from jaxptis.plan import Plan, StagePlan, Task
-from tests.pictures.timelines import GIB, Filled, costs_of, even, filled, uneven
+from tests.pictures.timelines import GIB, costs_of, even, timeline_of, uneven
 
 
 def row(*tasks):
@@ -49,7 +49,7 @@ def test_like_devices_that_idle(P, M):
 
 def test_the_heaviest_stage_of_several_is_named():
     """Device 1 has stages of 1 and 3 s, 80 % of 5 s; device 0 has 1 s, 20 %."""
-    timeline = Filled((row(("0F0", 0, 1)), row(("1F0", 1, 2), ("2F0", 2, 5))))
+    timeline = Timeline((row(("0F0", 0, 1)), row(("1F0", 1, 2), ("2F0", 2, 5))))
     stages = [StagePlan(layers=(name,), device=d) for name, d in (("a", 0), ("b", 1), ("c", 1))]
     schedule = tuple(tuple(span.task for span in each) for each in timeline.spans)
     found = find_bottleneck(timeline, Plan(stages=tuple(stages), schedule=schedule))
@@ -62,7 +62,7 @@ def test_the_heaviest_stage_of_several_is_named():
 
 def test_more_work_is_not_all_where_the_busiest_idles_too():
     """One after the other for 3, 3 and 4 s: the busiest is 7 % above the mean, and idles 60 %."""
-    timeline = Filled((row(("0F0", 0, 3)), row(("1F0", 3, 6)), row(("2F0", 6, 10))))
+    timeline = Timeline((row(("0F0", 0, 3)), row(("1F0", 3, 6)), row(("2F0", 6, 10))))
     found = find_bottleneck(timeline)
     assert found.device == 2
     assert found.sentence == (
@@ -77,7 +77,7 @@ def test_exposed_transfers_are_named():
         stages=tuple(StagePlan(layers=(name,), device=d) for d, name in enumerate("ab")),
         schedule=((Task(0, "F", 0),), (Task(1, "F", 0),)),
     )
-    timeline = filled(plan, costs_of(plan, {"a": 2000.0, "b": 2000.0}), transfer_s=1.0)
+    timeline = timeline_of(plan, costs_of(plan, {"a": 2000.0, "b": 2000.0}), 1.0)
     assert find_bottleneck(timeline).sentence == (
         "No device holds up the others: each computes 40 % of the step; on average warm-up and "
         "cool-down take 60 %; transfers are exposed for 20 %."
@@ -85,7 +85,7 @@ def test_exposed_transfers_are_named():
 
 
 def test_a_single_device():
-    timeline = Filled((row(("0F0", 0, 3), ("0B0", 4, 5)),))
+    timeline = Timeline((row(("0F0", 0, 3), ("0B0", 4, 5)),))
     found = find_bottleneck(timeline)
     assert (found.device, found.sentence) == (None, "The only device computes 80 % of the step.")
 
@@ -98,7 +98,7 @@ def curve(peak_s, **parts):
 
 
 def test_the_largest_peak_is_told_with_its_parts():
-    timeline = Filled((row(("0F0", 0, 9)), row(("1F0", 0, 9))))
+    timeline = Timeline((row(("0F0", 0, 9)), row(("1F0", 0, 9))))
     low, high = curve(1.0, saved=GIB), curve(2.5, saved=GIB, parameters=3 * GIB, kept=0)
     assert say_memory(timeline) == ""
     assert say_memory(replace(timeline, memory=(low, high))) == (

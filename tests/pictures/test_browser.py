@@ -7,7 +7,7 @@ import pytest
 from jaxptis.pictures import find_bottleneck, say_memory
 from jaxptis.plan import Plan, StagePlan, Task
 from tests.pictures.browser import Browser, find_chromium
-from tests.pictures.timelines import costs_of, even, filled, jittered, uneven
+from tests.pictures.timelines import costs_of, even, jittered, timeline_of, uneven
 
 DRAWN = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done())))"
 
@@ -110,7 +110,7 @@ def test_pointing_tells(opened):
     assert hovered(browser, left + at, top + below - 1) == transfer  # where it is received
 
     height = browser.run("lanes[0].height")
-    assert hovered(browser, left + at, top + height - 2)[1] == "peak: 6 GiB at 3.30 ms"
+    assert hovered(browser, left + at, top + height - 2)[1] == "peak: 4.09 GiB at 3.30 ms"
     browser.mouse("Moved", 5, 5)
     assert browser.run("hover.hidden")
 
@@ -226,8 +226,9 @@ def test_the_tables_and_sentences_are_written(opened):
     ]
     _, *memory = rows[1]
     assert [each[:2] for each in memory] == [[str(device), "predicted"] for device in range(4)]
-    # 4 GiB that last, and a quarter a layer of the 4 microbatches in flight on the first device.
-    assert memory[0][2] == "6.00"
+    # What lasts of 2 layers; what these save of 4 microbatches; 16 MiB between the layers of each,
+    # and for the fourth's result and the third's, which is on its way.
+    assert memory[0][2] == f"{2 + 4 * 2 / 4 + (4 + 2) * 16 / 1024:.2f}"
     marked = browser.run(
         "[...document.querySelectorAll('tr.marked')].map((row) => row.cells[0].innerText)"
     )
@@ -239,7 +240,7 @@ def test_names_of_users_do_nothing(opened):
     stages = tuple(StagePlan(layers=(name,), device=d) for d, name in enumerate(names))
     rows = tuple((Task(d, "F", 0), Task(d, "B", 0)) for d in range(2))
     plan = Plan(stages=stages, schedule=rows)
-    browser = opened(filled(plan, costs_of(plan)), plan=plan, title="plain")
+    browser = opened(timeline_of(plan, costs_of(plan), 0.0), plan=plan, title="plain")
     assert browser.run("document.title") == "plain"
     assert names[1] in browser.run("document.getElementById('tables').innerText")
     x, y, _ = box_of(browser, 0, "0F0")

@@ -2,11 +2,11 @@ from collections import Counter
 
 import pytest
 
-from jaxptis.performance import Span
+from jaxptis.performance import Span, Timeline
 from jaxptis.pictures import gantt
 from jaxptis.pictures.gantt import cells
 from jaxptis.plan import Task
-from tests.pictures.timelines import Filled, even, jittered, uneven
+from tests.pictures.timelines import even, jittered, uneven
 
 
 def row(*tasks):
@@ -58,8 +58,8 @@ def test_a_line_names_its_device_and_its_bubble():
 
 def test_measured_lines_stand_below_to_the_same_scale():
     """What takes half of the time fills half of the line."""
-    predicted = Filled((row(("F", 0.0, 4.0)),))
-    measured = Filled((row(("F", 0.0, 8.0)),))
+    predicted = Timeline((row(("F", 0.0, 4.0)),))
+    measured = Timeline((row(("F", 0.0, 8.0)),))
     above, below, foot = str(gantt(predicted, measured=measured, width=80)).splitlines()
     assert above.startswith("device 0 predicted F")
     assert below.startswith("          measured F")

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import jaxptis.pictures
+from jaxptis.performance import Timeline
 from jaxptis.pictures import save_html
 from jaxptis.plan import Plan, StagePlan, Task
-from tests.pictures.timelines import Filled, costs_of, even, filled, jittered, uneven
+from tests.pictures.timelines import costs_of, even, jittered, timeline_of, uneven
 
 ROOT = Path(jaxptis.pictures.__file__).parents[2]
 HOSTILE = ("</script><script>alert(1)</script>", "\"'&lt;<!--<img/src=x>", "h\u00e9ad\U0001f600")
@@ -55,7 +56,7 @@ def hostile():
     stages = tuple(StagePlan(layers=(f"{name}{d}",), device=d) for d, name in enumerate(HOSTILE))
     rows = tuple((Task(d, "F", 0), Task(d, "B", 0)) for d in range(len(HOSTILE)))
     plan = Plan(stages=stages, schedule=rows)
-    return plan, filled(plan, costs_of(plan), transfer_s=1e-3)
+    return plan, timeline_of(plan, costs_of(plan), 1e-3)
 
 
 @pytest.mark.parametrize("title", [*HOSTILE, "\u2028 line \u2029 paragraph"])
@@ -168,7 +169,7 @@ def test_tasks_are_in_order_of_time(tmp_path):
     """The page searches by time, but clocks may put what is measured a little out of order."""
     plan, timeline = even("gpipe", 2, 2)
     first, second, *more = timeline.spans[0]
-    swapped = Filled(((second, first, *more), timeline.spans[1]))
+    swapped = Timeline(((second, first, *more), timeline.spans[1]))
     (shown,) = page_of(tmp_path, swapped, plan=plan).data["timelines"]
     for start, end in zip(shown["first"], shown["first"][1:], strict=False):
         assert shown["start_s"][start:end] == sorted(shown["start_s"][start:end])
@@ -176,8 +177,8 @@ def test_tasks_are_in_order_of_time(tmp_path):
 
 def test_times_that_json_lacks_are_refused(tmp_path):
     plan, timeline = even("gpipe", 2, 2)
-    first, *more = timeline.spans[0]
-    broken = replace(timeline, spans=((first._replace(start_s=math.nan), *more), timeline.spans[1]))
+    curve = replace(timeline.memory[0], times_s=(math.nan, *timeline.memory[0].times_s[1:]))
+    broken = replace(timeline, memory=(curve, timeline.memory[1]))
     with pytest.raises(ValueError, match="JSON"):
         save_html(tmp_path / "page.html", broken, plan=plan)
     assert not (tmp_path / "page.html").exists()

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from jaxptis.performance import Span
+from jaxptis.performance import Span, Timeline
 from jaxptis.plan import Task
-from tests.pictures.timelines import Filled, even, jittered, uneven
+from tests.pictures.timelines import even, jittered, uneven
 
 BEGINS = {
     ".html": b"<!doctype html>",
@@ -65,7 +65,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path, suffix):
     with pytest.raises(ValueError, match="measured timeline has 2 devices, the predicted 4"):
         timeline.save(path, measured=even("1f1b", 2, 4)[1])
     with pytest.raises(ValueError, match="the timeline takes 0 s"):
-        Filled(((Span(Task(0, "F", 0), 0.0, 0.0),),)).save(path)
+        Timeline(((Span(Task(0, "F", 0), 0.0, 0.0),),)).save(path)
     assert not path.exists()
 
 
