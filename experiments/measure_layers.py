@@ -24,8 +24,8 @@ from rich.table import Table
 from experiments.chosen_model import MODEL, SIZE
 from experiments.model_layers import layers_of
 from jaxptis.cluster import DEVICE_SPECS, DeviceSpec, kind_of
-from jaxptis.performance.costs import Costs, LayerCost, TiedParams
 from jaxptis.performance.calibrate import calibrate
+from jaxptis.performance.costs import Costs, LayerCost, TiedParams
 from jaxptis.performance.estimate import estimate
 from jaxptis.performance.measure import measure
 from jaxptis.performance.optimizer_state import optimizer_state_bytes

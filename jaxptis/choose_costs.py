@@ -27,8 +27,8 @@ def choose_costs(graph: LayerGraph, options: Options) -> Costs:
         if jax.process_count() > 1:
             raise ValueError(
                 f"each of {jax.process_count()} processes would measure other costs, and make "
-                "another plan; measure in one (python -m experiments.measure_layers, or "
-                "costs.save), and pass the path of the file as costs"
+                "another plan; measure in one process, save what it found (pipelined.costs.save), "
+                "and pass the path of the file as costs"
             )
         return measure(layer_programs(graph), options.devices[0])
     costs = chosen if isinstance(chosen, Costs) else _load(chosen)

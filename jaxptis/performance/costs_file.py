@@ -117,7 +117,7 @@ def _required(cost: type[LayerCost] | type[TiedParams]) -> list[str]:
 def _read(value: Any) -> Costs:
     given = _read_object(value, "the file", known=_NAMES, required=("kinds", "layers"))
     kinds = {
-        name: _read_numbers(numbers, f"kind {name!r}", LayerCost)
+        name: _read_cost(numbers, f"kind {name!r}", LayerCost)
         for name, numbers in _read_object(given.pop("kinds"), "kinds").items()
     }
     layers = _read_object(given.pop("layers"), "layers")
@@ -126,7 +126,8 @@ def _read(value: Any) -> Costs:
     tied = given.pop("tied", [])
     if not isinstance(tied, list):
         raise ValueError(f"tied is {tied!r}; use a list, [...]")
-    _read_object(given.get("settings", {}), "settings")
+    if "settings" in given:
+        given["settings"] = _read_object(given["settings"], "settings")
     if not isinstance(given.get("device", ""), str):
         raise ValueError(f"device is {given['device']!r}; use the name of a kind of device")
     return Costs(
@@ -147,23 +148,28 @@ def _kind_of(name: str, kind: Any, kinds: Mapping[str, Any]) -> Any:
 
 
 def _read_tied(value: Any, where: str) -> TiedParams:
-    given = _read_object(value, where, required=("layers",))
+    given = _read_cost(value, where, TiedParams, also=("layers",))
     layers = given.pop("layers")
     if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
         raise ValueError(f"layers of {where} is {layers!r}; use a list of names of layers")
-    return TiedParams(layers=tuple(layers), **_read_numbers(given, where, TiedParams))
+    return TiedParams(layers=tuple(layers), **given)
 
 
-def _read_numbers(
-    value: Any, where: str, cost: type[LayerCost] | type[TiedParams]
+def _read_cost(
+    value: Any,
+    where: str,
+    cost: type[LayerCost] | type[TiedParams],
+    also: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    given = _read_object(value, where, known=_numbers(cost), required=_required(cost))
-    for name, number in given.items():
-        check_number(name, number, where)
+    """Read an object that has the numbers of `cost`, which are checked, and perhaps more."""
+    known, required = (*also, *_numbers(cost)), (*also, *_required(cost))
+    given = _read_object(value, where, known=known, required=required)
+    for name in [name for name in given if name not in also]:
+        check_number(name, given[name], where)
         if name.endswith("_bytes"):
-            if number != int(number):
-                raise ValueError(f"{name} of {where} is {number}; use whole bytes")
-            given[name] = int(number)
+            if given[name] != int(given[name]):
+                raise ValueError(f"{name} of {where} is {given[name]}; use whole bytes")
+            given[name] = int(given[name])
     return given
 
 
