@@ -3,23 +3,17 @@
 python -m experiments.show_plan --model=deepseek --size=V3
 """
 
-import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
 from experiments.chosen_model import MODEL, SIZE
+from experiments.model_layers import layers_of
 from models import MODELS
-from passes import PROGRAM_PASSES, jaxprs
-from passes.layers import LayerGraph, find_layers
-from passes.runner import Dump, run
-from passes.trace import trace
+from passes import jaxprs
+from passes.layers import LayerGraph
 
 MICROBATCH_SIZE = flags.DEFINE_integer(
     "microbatch_size", 1, "Sequences in a microbatch.", lower_bound=1
@@ -33,23 +27,14 @@ def main(argv: list[str]) -> None:
     """Prints a line a layer."""
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
-    report(find(MODEL.value, SIZE.value), Console())
-
-
-def find(model: str, size: str) -> LayerGraph:
-    """Returns the layers of a microbatch's loss."""
-    config = MODELS[model].sizes[size]
-    module, loss = MODELS[model].module(config), MODELS[model].loss(config)
-    apply: Callable[..., Any] = module.apply
-
-    def loss_fn(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return loss(functools.partial(apply, {"params": params}), batch)
-
-    shape = (MICROBATCH_SIZE.value, SEQUENCE_LENGTH.value + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
-    program, _ = trace(loss_fn, params, {"tokens": tokens}, has_aux=True)
-    return find_layers(run(program, PROGRAM_PASSES, Dump(None)))
+    model = MODELS[MODEL.value]
+    graph, _ = layers_of(
+        model,
+        model.sizes[SIZE.value],
+        microbatch_size=MICROBATCH_SIZE.value,
+        sequence_length=SEQUENCE_LENGTH.value,
+    )
+    report(graph, Console())
 
 
 def report(graph: LayerGraph, console: Console) -> None:

@@ -3,6 +3,7 @@
 from jaxptis.cluster import Cluster, DeviceSpec, Link
 from jaxptis.decorator import pipeline
 from jaxptis.parts import Parts, whole
+from jaxptis.performance import Costs
 from jaxptis.pipelined import Pipelined
 from jaxptis.plan import Plan
 from jaxptis.train_step import TrainState
@@ -10,6 +11,7 @@ from jaxptis.trainer import Trainer
 
 __all__ = [
     "Cluster",
+    "Costs",
     "DeviceSpec",
     "Link",
     "Parts",

@@ -44,31 +44,36 @@ class DeviceSpec:
             )
 
 
-# NVIDIA's data sheet of each part: bfloat16 tensor core without sparsity, and memory bandwidth.
+# NVIDIA's data sheet of each part: bfloat16 tensor core without sparsity, memory bandwidth, memory.
 # Where a sheet prints the figure with sparsity only, half of it. TPUs: the page of each version at
 # cloud.google.com/tpu/docs, per chip. "cpu" is nominal: only the ratios of layers matter there.
 DEVICE_SPECS = {
     spec.kind: spec
     for spec in (
-        DeviceSpec(kind=kind, flops_per_s=flops_per_s, bytes_per_s=bytes_per_s)
-        for kind, flops_per_s, bytes_per_s in (
-            ("NVIDIA A100-SXM4-40GB", 312e12, 1555e9),
-            ("NVIDIA A100-SXM4-80GB", 312e12, 2039e9),
-            ("NVIDIA A100-PCIE-40GB", 312e12, 1555e9),
-            ("NVIDIA A100 80GB PCIe", 312e12, 1935e9),
-            ("NVIDIA H100 80GB HBM3", 989.5e12, 3350e9),
-            ("NVIDIA H100 PCIe", 756.5e12, 2000e9),
-            ("NVIDIA H100 NVL", 835.5e12, 3900e9),
-            ("NVIDIA H200", 989.5e12, 4800e9),
-            ("NVIDIA H200 NVL", 835.5e12, 4800e9),
-            ("NVIDIA B200", 2250e12, 8000e9),
-            ("NVIDIA L4", 121e12, 300e9),
-            ("NVIDIA L40S", 362e12, 864e9),
-            ("TPU v4", 275e12, 1228e9),
-            ("TPU v5 lite", 197e12, 819e9),
-            ("TPU v5", 459e12, 2765e9),
-            ("TPU v6 lite", 918e12, 1640e9),
-            ("cpu", 1e11, 1e10),
+        DeviceSpec(
+            kind=kind,
+            flops_per_s=flops_per_s,
+            bytes_per_s=bytes_per_s,
+            memory_bytes=None if memory_gb is None else memory_gb * 10**9,
+        )
+        for kind, flops_per_s, bytes_per_s, memory_gb in (
+            ("NVIDIA A100-SXM4-40GB", 312e12, 1555e9, 40),
+            ("NVIDIA A100-SXM4-80GB", 312e12, 2039e9, 80),
+            ("NVIDIA A100-PCIE-40GB", 312e12, 1555e9, 40),
+            ("NVIDIA A100 80GB PCIe", 312e12, 1935e9, 80),
+            ("NVIDIA H100 80GB HBM3", 989.5e12, 3350e9, 80),
+            ("NVIDIA H100 PCIe", 756.5e12, 2000e9, 80),
+            ("NVIDIA H100 NVL", 835.5e12, 3900e9, 94),
+            ("NVIDIA H200", 989.5e12, 4800e9, 141),
+            ("NVIDIA H200 NVL", 835.5e12, 4800e9, 141),
+            ("NVIDIA B200", 2250e12, 8000e9, 180),
+            ("NVIDIA L4", 121e12, 300e9, 24),
+            ("NVIDIA L40S", 362e12, 864e9, 48),
+            ("TPU v4", 275e12, 1228e9, 32),
+            ("TPU v5 lite", 197e12, 819e9, 16),
+            ("TPU v5", 459e12, 2765e9, 95),
+            ("TPU v6 lite", 918e12, 1640e9, 32),
+            ("cpu", 1e11, 1e10, None),
         )
     )
 }
@@ -150,8 +155,13 @@ class Cluster:
         return cls(tuple(_spec(device) for device in jax_devices))
 
 
+def kind_of(device: _Device) -> str:
+    """Return what `DeviceSpec.kind` is of a `jax.Device`."""
+    return "cpu" if device.platform == "cpu" else device.device_kind
+
+
 def _spec(device: _Device) -> DeviceSpec:
-    kind = "cpu" if device.platform == "cpu" else device.device_kind
+    kind = kind_of(device)
     if kind not in DEVICE_SPECS:
         raise ValueError(
             f"device kind {kind!r} is not known, only {', '.join(map(repr, DEVICE_SPECS))}; "

@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 
+from jaxptis.choose_costs import choose_costs
 from jaxptis.cluster import Cluster
 from jaxptis.executor.programs import BatchLeaf
 from jaxptis.make_plan import make_plan
 from jaxptis.microbatches import aux_axes, batch_leaves
 from jaxptis.options import Options
 from jaxptis.performance import Costs, Timeline, simulate
-from jaxptis.performance.estimate import estimate
 from jaxptis.plan import Plan
 from passes import PROGRAM_PASSES, STAGE_PASSES
 from passes.cut_stages import cut_stages
@@ -22,7 +22,6 @@ from passes.runner import Dump, run
 from passes.split_backward import split_backward
 from passes.stages import StageGradient, StageProgram, Stages
 from passes.trace import trace
-from passes.work import count_work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class Analysis:
     Attributes:
       options: what the user chose.
       graph: its layers.
-      costs: predicted seconds of each layer.
+      costs: of each layer.
       batch: the leaves of the whole batch.
       result_axes: for each result, the axis along which the microbatches' are concatenated, or
         None for their mean. The loss is the first.
@@ -129,7 +128,7 @@ def analyse(
     return Analysis(
         options=options,
         graph=graph,
-        costs=estimate(count_work(graph), options.cluster.devices[0]),
+        costs=choose_costs(graph, options),
         batch=leaves,
         result_axes=(None, *aux_axes(loss_fn, params, batch, aux, options)),
         aux=aux,

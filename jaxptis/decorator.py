@@ -10,7 +10,7 @@ from flax import linen, nnx
 
 from jaxptis.cluster import Cluster
 from jaxptis.flax_models import Loss, linen_loss, linen_recipe, nnx_recipe
-from jaxptis.options import Options, Strategy
+from jaxptis.options import CostsSource, Options, Strategy
 from jaxptis.pipelined import Pipelined
 from jaxptis.trainer import Trainer
 
@@ -26,6 +26,7 @@ def pipeline(
     cluster: Cluster | None = None,
     dump_to: str | None = None,
     head_slices: int = 1,
+    costs: CostsSource = "estimated",
 ) -> Any:
     """Turn a loss function, or a Flax module class, into a pipeline; also used as a decorator.
 
@@ -65,6 +66,9 @@ def pipeline(
       head_slices: parts of the vocabulary into which the matmul before a softmax cross-entropy is
         cut, each a layer of its own, so that several stages can share a large head. Of several
         heads, such as DeepSeek-V3's for the next token and the one after, the last is cut.
+      costs: what the layers take, by which they are balanced: "estimated" from what XLA counts in
+        them; "measured", by running each kind of layer on the first device; a `jaxptis.Costs`; or
+        the path of a file that its `save` or a person wrote.
 
     Raises:
       ValueError: an argument is out of range or of the wrong kind.
@@ -102,6 +106,7 @@ def pipeline(
             cluster=known,
             dump_to=dump_to,
             head_slices=head_slices,
+            costs=costs,
         )
 
     def wrap(target: Any) -> Any:

@@ -5,9 +5,11 @@ from os import PathLike
 from typing import Any
 
 from jaxptis.cluster import Cluster
+from jaxptis.performance import Costs
 from jaxptis.plan import Plan
 
 Strategy = str | PathLike[str] | Plan
+CostsSource = str | PathLike[str] | Costs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,3 +24,4 @@ class Options:
     cluster: Cluster
     dump_to: str | None
     head_slices: int = 1
+    costs: CostsSource = "estimated"

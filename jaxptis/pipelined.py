@@ -16,7 +16,7 @@ from jaxptis.executor.memory import DeviceMemory
 from jaxptis.flax_models import nnx_loss, split_nnx
 from jaxptis.options import Options
 from jaxptis.parts import flatten
-from jaxptis.performance import Timeline
+from jaxptis.performance import Costs, Timeline
 from jaxptis.placement import aval_of
 from jaxptis.plan import Plan
 from jaxptis.train_step import TrainStep
@@ -80,6 +80,11 @@ class Pipelined:
     def plan(self) -> Plan:
         """Partition, placement and schedule of the step used last."""
         return self._used().pipeline.plan
+
+    @property
+    def costs(self) -> Costs:
+        """What the layers cost by which the step used last was planned."""
+        return self._used().pipeline.analysis.costs
 
     @property
     def timeline(self) -> Timeline:

@@ -11,7 +11,7 @@ from jaxptis.call import CompiledStage, make_on_devices
 from jaxptis.executor.memory import DeviceMemory
 from jaxptis.flax_models import Recipe
 from jaxptis.parts import is_parts
-from jaxptis.performance import Timeline
+from jaxptis.performance import Costs, Timeline
 from jaxptis.pipelined import Pipelined
 from jaxptis.plan import Plan
 from jaxptis.profile import Profile
@@ -132,6 +132,11 @@ class Trainer:
     def plan(self) -> Plan:
         """Partition, placement and schedule."""
         return self._pipelined.plan
+
+    @property
+    def costs(self) -> Costs:
+        """What the layers cost by which the step was planned."""
+        return self._pipelined.costs
 
     @property
     def timeline(self) -> Timeline:

@@ -36,7 +36,7 @@ def differentiate(
     """
     recompute = recompute or ["cheap"] * len(stages.stages)
     return tuple(
-        _differentiate(stages, index, recompute=each) for index, each in enumerate(recompute)
+        differentiate_stage(stages, index, recompute=each) for index, each in enumerate(recompute)
     )
 
 
@@ -60,7 +60,8 @@ class _Joint:
         return [v for v, operand in self.reads.items() if operand.role in roles]
 
 
-def _differentiate(stages: Stages, index: int, *, recompute: Recompute) -> StageGradient:
+def differentiate_stage(stages: Stages, index: int, *, recompute: Recompute) -> StageGradient:
+    """Return the forward and backward programs of a single stage; see `differentiate`."""
     stage = stages.stages[index]
     joint = _trace_joint(stages, index)
     moving = jaxprs.dependents(joint.jaxpr, joint.inputs(Role.COTANGENT, Role.D_LOSS))

@@ -32,18 +32,22 @@ def fold_tables(stages: Stages) -> Stages:
     Cheap equations behind the last costly one stay: they are computed where they are read, and
     take no memory.
     """
-    return dataclasses.replace(stages, stages=tuple(map(_fold, stages.stages)))
+    computed: dict[str, list[np.ndarray]] = {}
+    folded = tuple(_fold(stage, computed) for stage in stages.stages)
+    return dataclasses.replace(stages, stages=folded)
 
 
-def _fold(stage: Stage) -> Stage:
+def _fold(stage: Stage, computed: dict[str, list[np.ndarray]]) -> Stage:
     tables = _tables(stage)
     if not tables:
         return stage
     body = jaxprs.backward_slice(stage.forward, invars=(), outvars=tables)
-    values = jax.device_get(jax.jit(lambda: jaxprs.evaluate(body, ()))())
+    text = str(body)
+    if text not in computed or "[...]" in text:  # which stands for the values of some array
+        computed[text] = jax.device_get(jax.jit(lambda: jaxprs.evaluate(body, ()))())
     constants: dict[Any, tuple[Var, np.ndarray]] = {}
     equal: dict[Var, Var] = {}
-    for v, value in zip(tables, values, strict=True):
+    for v, value in zip(tables, computed[text], strict=True):
         key = value.shape, value.dtype, value.tobytes()
         equal[v], _ = constants.setdefault(key, (v, value))
     eqns = [

@@ -33,6 +33,8 @@ __all__ = [
     "equations",
     "evaluate",
     "has_shardings",
+    "hides_functions",
+    "indexed_sizes",
     "inline",
     "is_float",
     "located",
@@ -370,6 +372,19 @@ def has_shardings(eqn: JaxprEqn) -> bool:
     keys = ("in_shardings", "out_shardings")
     given = [each for key in keys for each in eqn.params.get(key, ())]
     return eqn.primitive.name in _CALLS and any(isinstance(s, jax.sharding.Sharding) for s in given)
+
+
+def hides_functions(eqn: JaxprEqn) -> bool:
+    """Whether the text of `eqn` leaves out what it does: a derivative rule, what a remat saves."""
+    return eqn.primitive.name in _RULES
+
+
+def indexed_sizes(eqn: JaxprEqn) -> list[int]:
+    """Return how long the axes are that a gather has indices for; none of other equations."""
+    if eqn.primitive.name != "gather":
+        return []
+    shape = shape_of(eqn.invars[0])
+    return [shape[axis] for axis in eqn.params["dimension_numbers"].start_index_map]
 
 
 def count_primitives(jaxpr: Jaxpr) -> dict[str, int]:

@@ -12,67 +12,67 @@ from typing import Any
 import jax
 
 from passes import jaxprs
-from passes.cut_stages import cut_stages
-from passes.differentiate import differentiate
 from passes.jaxprs import Jaxpr, JaxprEqn, Scan
-from passes.layers import LayerGraph
+from passes.layer_programs import LayerKind
 from passes.origins import called_body
-from passes.split_backward import split_backward
-from passes.stages import StageGradient, StageProgram
+from passes.stages import StageProgram
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a program does: floating-point operations, and bytes read and written."""
+    """What a program does.
+
+    Attributes:
+      flops: floating-point operations.
+      bytes_accessed: read and written.
+      temporary_bytes: of memory that it needs beside its inputs and results.
+    """
 
     flops: float
     bytes_accessed: float
+    temporary_bytes: int
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
             flops=self.flops + other.flops,
             bytes_accessed=self.bytes_accessed + other.bytes_accessed,
+            temporary_bytes=max(self.temporary_bytes, other.temporary_bytes),
         )
 
     def __mul__(self, times: int) -> "Work":
-        return Work(flops=self.flops * times, bytes_accessed=self.bytes_accessed * times)
+        return Work(
+            flops=self.flops * times,
+            bytes_accessed=self.bytes_accessed * times,
+            temporary_bytes=self.temporary_bytes,
+        )
 
 
-_NO_WORK = Work(flops=0.0, bytes_accessed=0.0)
+_NO_WORK = Work(flops=0.0, bytes_accessed=0.0, temporary_bytes=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerWork:
-    """The work of a layer for one microbatch."""
+    """The work of a layer for one microbatch; see `LayerKind`."""
 
-    name: str
     forward: Work
     backward: Work
     input_grad: Work
     weight_grad: Work
+    again: Work
 
 
 # By the text of a program: what was compiled once in this process is not compiled again.
 _counted: dict[bytes, Work] = {}
 
 
-def count_work(graph: LayerGraph) -> tuple[LayerWork, ...]:
-    """Compile each layer's programs and the bodies of their scans, equal ones once, and count."""
-    stages = cut_stages(graph, range(len(graph.layers) + 1))
-    return tuple(
-        _count_layer(layer.name, gradient)
-        for layer, gradient in zip(graph.layers, differentiate(stages), strict=True)
-    )
-
-
-def _count_layer(name: str, gradient: StageGradient) -> LayerWork:
-    split = split_backward(gradient.backward)
+def count_work(kind: LayerKind) -> LayerWork:
+    """Compile a layer's programs and the bodies of their scans, equal ones once, and count."""
     return LayerWork(
-        name=name,
-        forward=_count(gradient.forward),
-        backward=_count(gradient.backward),
-        input_grad=_count(split.input_grad),
-        weight_grad=_count(split.weight_grad),
+        forward=_count(kind.gradient.forward),
+        backward=_count(kind.gradient.backward),
+        input_grad=_count(kind.split.input_grad),
+        weight_grad=_count(kind.split.weight_grad),
+        again=_count(kind.again),
     )
 
 
@@ -128,7 +128,9 @@ def _compile_and_count(jaxpr: Jaxpr) -> Work:
 
     lowered = jax.jit(layer).lower(*jaxprs.avals(jaxpr.invars))
     compiled = lowered.compile(compiler_options=_COUNT_ONLY)
-    analysis = compiled.cost_analysis() or {}
+    analysis, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     return Work(
-        flops=analysis.get("flops", 0.0), bytes_accessed=analysis.get("bytes accessed", 0.0)
+        flops=analysis.get("flops", 0.0),
+        bytes_accessed=analysis.get("bytes accessed", 0.0),
+        temporary_bytes=memory.temp_size_in_bytes if memory else 0,
     )

@@ -13,9 +13,8 @@ from models import next_token_loss
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
 from passes.split_backward import split_backward
-from passes.work import count_work
 from tests import foreign_models
-from tests.passes.on_host import layers_of, types
+from tests.passes.on_host import count_layers, layers_of, types
 
 # Of two models that differ in how they draw their dropout one is enough.
 FOREIGN = [name for name in foreign_models.MODELS if not name.endswith("_dropout_key")]
@@ -63,7 +62,7 @@ each = pytest.mark.parametrize("name", [*OURS, *FOREIGN])
 
 @each
 def test_of_all_layers(name):
-    layers = count_work(case(name)[0])
+    layers = count_layers(case(name)[0])
     check(
         whole=sum(layer.backward.flops for layer in layers),
         input_grad=sum(layer.input_grad.flops for layer in layers),

@@ -1,8 +1,12 @@
 """What every layer costs of a device's time and memory, and what a device needs for given work."""
 
-import math
+import itertools
+import re
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -25,14 +29,17 @@ class LayerCost:
         input_grad_s: of the input gradient of a split backward, I.
         weight_grad_s: of the weight gradient of a split backward, W.
         recompute_s: what B or I takes more in a stage that recomputes all.
-        input_bytes: of what the layer before hands on; its gradient takes as many.
+        input_bytes: of what it reads of the layers before; its gradient takes as many.
         saved_bytes: what the forward saves for the backward, its input not counted.
         saved_all_bytes: likewise, in a stage that recomputes nothing.
-        kept_bytes: what I keeps for W.
+        kept_bytes: all that lasts from I to W: what I keeps, and what W reads of what was saved, of
+            the input and of the gradient that came.
         param_bytes: of the parameters that no other layer reads.
         grad_bytes: of the sums of their gradients.
         state_bytes: of the optimizer's state of them.
         temporary_bytes: the most that one of its programs needs beside all this.
+        spread: the interquartile range over the median of measured seconds, the largest of its
+            programs.
 
     Raises:
         ValueError: a number is negative or not finite.
@@ -52,11 +59,12 @@ class LayerCost:
     grad_bytes: int = 0
     state_bytes: int = 0
     temporary_bytes: int = 0
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         for each in fields(self):
             if each.name != "name":
-                _check_number(each.name, getattr(self, each.name), f"layer {self.name!r}")
+                check_number(each.name, getattr(self, each.name), f"layer {self.name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +88,7 @@ class TiedParams:
 
     def __post_init__(self) -> None:
         for name in "param_bytes", "grad_bytes", "state_bytes":
-            _check_number(name, getattr(self, name), f"what {', '.join(self.layers)} share")
+            check_number(name, getattr(self, name), f"what {', '.join(self.layers)} share")
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,42 @@ class Costs:
             raise ValueError(
                 f"the source of costs is {self.source!r}; use one of {', '.join(get_args(Source))}"
             )
-        _check_number("start_s", self.start_s, "the costs")
+        check_number("start_s", self.start_s, "the costs")
+
+    @property
+    def kinds(self) -> dict[str, tuple[LayerCost, ...]]:
+        """Layers of equal costs, by what their names have in common."""
+        equal: dict[LayerCost, list[LayerCost]] = {}
+        for layer in self.layers:
+            equal.setdefault(replace(layer, name=""), []).append(layer)
+        kinds: dict[str, tuple[LayerCost, ...]] = {}
+        for layers in equal.values():
+            first = layers[0].name
+            common = re.sub("[0-9]+", "*", first) if len(layers) > 1 else first
+            names = itertools.chain([common], (f"{common}#{n}" for n in itertools.count(2)))
+            kinds[next(name for name in names if name not in kinds)] = tuple(layers)
+        return kinds
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Costs":
+        """Read a file that `save` or a person wrote; see `jaxptis.performance.costs_file`.
+
+        Raises:
+            ValueError: says where the file is wrong, and what to change.
+        """
+        from jaxptis.performance.costs_file import from_json  # costs_file.py imports Costs
+
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")  # some editors write a mark in front
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: this is no text ({error}); save it in UTF-8") from error
+        return from_json(text, source=str(path))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a file in JSON, which `load` reads."""
+        from jaxptis.performance.costs_file import to_json
+
+        Path(path).write_text(to_json(self), encoding="utf-8")
 
     def task_s(self, stage_layers: range, kind: str, recompute: Recompute = "cheap") -> float:
         """Return the seconds of one task of a stage that holds the layers of these indices.
@@ -157,9 +200,11 @@ class Costs:
         return inside + sum(layer.saved_bytes for layer in layers)
 
 
-def _check_number(name: str, value: float, owner: str) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-        unit = "seconds" if name.endswith("_s") else "bytes"
+def check_number(name: str, value: Any, owner: str) -> None:
+    """Raise a ValueError that names the owner unless a cost is a finite number of 0 or more."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 <= value <= sys.float_info.max):
+        unit = {"s": "seconds", "bytes": "bytes"}.get(name.rpartition("_")[2], "numbers")
         raise ValueError(f"{name} of {owner} is {value!r}; use finite {unit} of 0 or more")
 
 

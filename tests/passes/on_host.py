@@ -7,11 +7,13 @@ import jax.numpy as jnp
 
 from passes import PROGRAM_PASSES, jaxprs
 from passes.differentiate import accumulator_dtype
+from passes.layer_programs import layer_programs
 from passes.layers import find_layers
 from passes.runner import Dump, run
 from passes.split_backward import split_backward
 from passes.stages import Operand, Role
 from passes.trace import trace
+from passes.work import count_work
 
 
 def types(tree):
@@ -26,6 +28,11 @@ def program_of(loss_fn, params, batch, *, has_aux=False):
 
 def layers_of(loss_fn, params, batch, *, has_aux=False):
     return find_layers(program_of(loss_fn, params, batch, has_aux=has_aux))
+
+
+def count_layers(graph):
+    """Return the work of every layer."""
+    return [count_work(layer.kind) for layer in layer_programs(graph)]
 
 
 def random_boundaries(num_layers, seed):

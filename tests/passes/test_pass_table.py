@@ -19,6 +19,7 @@ ARROWS = {
     "split_backward",
     "split_values",
     "split_by_device",
+    "layer_programs",
     "count_work",
 }
 ROW = re.compile(r"^\| `(\w+)` \(\[(\w+\.py)\]\((\w+\.py)\)\) \| (.+) \| (.+) \|$")

@@ -18,8 +18,7 @@ from passes.differentiate import differentiate
 from passes.layers import find_layers
 from passes.slice_head import slice_head
 from passes.stages import Role
-from passes.work import count_work
-from tests.passes.on_host import layers_of, program_of, run_gradient
+from tests.passes.on_host import count_layers, layers_of, program_of, run_gradient
 from tests.passes.small_models import MODELS, TINY, array
 from tests.small_models import assert_close
 
@@ -406,7 +405,7 @@ def test_a_vocabulary_of_262144_in_four_equal_layers():
     wanted, got = (jax.jit(jax.value_and_grad(loss_of(each)))(p, ids) for each in (whole, parts))
     assert_close(got[0], wanted[0], rtol=RTOL)
     assert_close(got[1], wanted[1], rtol=RTOL)
-    work = count_work(find_layers(parts))[1:]
+    work = count_layers(find_layers(parts))[1:]
     assert len(work) == 4
     for flops in [w.forward.flops for w in work], [w.backward.flops for w in work]:
         assert min(flops) > 2 * 4 * width * vocab / 4  # the matmul of a slice at least

@@ -1,0 +1,231 @@
+"""Estimates or measures what the layers of a model cost, those of one kind once.
+
+python -m experiments.measure_layers --model=deepseek --size=V3 --device="NVIDIA H200"
+python -m experiments.measure_layers --size=7B --source=measured --json_output=llama2-7B.json
+
+Estimates are of a device that is named, or of the one that is here; they allocate nothing.
+Measured is the device that is here, on which the arrays of one kind of layer are at a time. The
+file is one that `jaxptis.pipeline(costs=...)` takes.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from absl import app, flags, logging
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments.chosen_model import MODEL, SIZE
+from experiments.model_layers import layers_of
+from jaxptis.cluster import DEVICE_SPECS, DeviceSpec, kind_of
+from jaxptis.performance.calibrate import calibrate
+from jaxptis.performance.costs import Costs, LayerCost, TiedParams
+from jaxptis.performance.estimate import estimate
+from jaxptis.performance.measure import measure
+from jaxptis.performance.optimizer_state import optimizer_state_bytes
+from models import MODELS
+from passes.layer_programs import layer_programs
+
+OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
+    "adafactor": lambda: optax.adafactor(1e-3),
+    "adamw": lambda: optax.adamw(1e-3),
+    "lion": lambda: optax.lion(1e-4),
+    "momentum": lambda: optax.sgd(1e-2, momentum=0.9),
+    "sgd": lambda: optax.sgd(1e-2),
+}
+SECONDS = {
+    "F": "forward_s",
+    "B": "backward_s",
+    "I": "input_grad_s",
+    "W": "weight_grad_s",
+    "recompute": "recompute_s",
+}
+BYTES = {
+    "param": "param_bytes",
+    "state": "state_bytes",
+    "input": "input_bytes",
+    "saved": "saved_bytes",
+    "all": "saved_all_bytes",
+    "kept": "kept_bytes",
+    "temp": "temporary_bytes",
+}
+FILE_WIDTH = 120  # characters of what is not printed to a terminal
+UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+
+SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "Tokens predicted in each sequence.", lower_bound=1)
+MICROBATCH_SIZE = flags.DEFINE_integer(
+    "microbatch_size", 1, "Sequences in a microbatch.", lower_bound=1
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["bfloat16", "float16", "float32"],
+    "What the model computes in; by default its own. Parameters keep theirs.",
+)
+SOURCE = flags.DEFINE_enum(
+    "source", "estimated", ["estimated", "measured"], "Where the costs are from."
+)
+DEVICE = flags.DEFINE_enum(
+    "device",
+    None,
+    [kind for kind in DEVICE_SPECS if kind != "cpu"],
+    "The kind of device to estimate for; by default the one that is here, calibrated if nothing is "
+    "published of it.",
+)
+OPTIMIZER = flags.DEFINE_enum("optimizer", "adamw", sorted(OPTIMIZERS), "Whose state is counted.")
+JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the costs.")
+
+SETTINGS = (MODEL, SIZE, SEQ_LEN, MICROBATCH_SIZE, OPTIMIZER)
+
+
+@flags.validator("json_output", "its folder does not exist; create it first")
+def _has_folder(path: str | None) -> bool:
+    return path is None or pathlib.Path(path).absolute().parent.is_dir()
+
+
+@flags.multi_flags_validator(
+    ["source", "device"], "what is measured is the device that is here; drop --device"
+)
+def _is_here(values: dict[str, Any]) -> bool:
+    return values["source"] == "estimated" or values["device"] is None
+
+
+def main(argv: list[str]) -> None:
+    """Prints a line a kind of layer, and writes all costs to --json_output."""
+    if argv[1:]:
+        raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    costs, ratios = find_costs(console)
+    report(costs, console)
+    if ratios:
+        report_ratios(ratios, console)
+    if JSON_OUTPUT.value is not None:
+        costs.save(JSON_OUTPUT.value)
+
+
+def find_costs(console: Console) -> tuple[Costs, dict[str, dict[str, float]]]:
+    """Returns the costs and, if they are measured, estimated over measured by kind and program."""
+    model = MODELS[MODEL.value]
+    config = model.sizes[SIZE.value]
+    if DTYPE.value is not None:
+        config = dataclasses.replace(config, dtype=jax.numpy.dtype(DTYPE.value))
+    with console.status("finding layers"):
+        graph, params = layers_of(
+            model, config, microbatch_size=MICROBATCH_SIZE.value, sequence_length=SEQ_LEN.value
+        )
+        layers = layer_programs(graph)
+        optimizer = model.steer(OPTIMIZERS[OPTIMIZER.value]())
+        state_bytes = optimizer_state_bytes(graph.program, params, optimizer)
+    dtype = jax.numpy.dtype(config.dtype)
+    bar = functools.partial(track, console=console, transient=True)
+    estimated = estimate(
+        layers,
+        device_spec(dtype),
+        state_bytes=state_bytes,
+        track=functools.partial(bar, description="estimating"),
+    )
+    settings = {flag.name: flag.value for flag in SETTINGS} | {"dtype": dtype.name}
+    if SOURCE.value == "estimated":
+        return dataclasses.replace(estimated, settings=settings), {}
+    measured = measure(
+        layers,
+        jax.devices()[0],
+        state_bytes=state_bytes,
+        track=functools.partial(bar, description="measuring"),
+    )
+    ratios = compare(estimated, measured)
+    settings |= {**measured.settings, "estimated_over_measured": ratios}
+    return dataclasses.replace(measured, settings=settings), ratios
+
+
+def device_spec(dtype: Any) -> DeviceSpec:
+    """Returns what is known of --device, or of the device that is here."""
+    if DEVICE.value is not None:
+        return DEVICE_SPECS[DEVICE.value]
+    device = jax.devices()[0]
+    kind = kind_of(device)
+    return (
+        DEVICE_SPECS[kind] if kind != "cpu" and kind in DEVICE_SPECS else calibrate(device, dtype)
+    )
+
+
+def compare(estimated: Costs, measured: Costs) -> dict[str, dict[str, float]]:
+    """Returns estimated over measured seconds, by kind of layer and program; none of nothing."""
+    found = {layer.name: layer for layer in estimated.layers}
+    return {
+        kind: {
+            program: getattr(found[layers[0].name], name) / getattr(layers[0], name)
+            for program, name in SECONDS.items()
+            if getattr(layers[0], name)
+        }
+        for kind, layers in measured.kinds.items()
+    }
+
+
+def report(costs: Costs, console: Console) -> None:
+    """Prints the times, then the bytes, of each kind of layer."""
+    console.print(
+        f"{len(costs.layers)} layers of {len(costs.kinds)} kinds, {costs.source} for "
+        f"{costs.device}; {costs.start_s * 1e6:.1f} us to start a task",
+        soft_wrap=True,
+    )
+    for table in times_of(costs), sizes_of(costs):
+        console.print()
+        console.print(table)
+
+
+def times_of(costs: Costs) -> Table:
+    """Returns the milliseconds of each kind of layer, and of all layers."""
+    table = new_table("ms", "layers", *SECONDS, "spread")
+    for kind, layers in costs.kinds.items():
+        cells = (f"{getattr(layers[0], name) * 1e3:.3f}" for name in SECONDS.values())
+        table.add_row(kind, str(len(layers)), *cells, f"{layers[0].spread:.0%}")
+    total = (sum(getattr(layer, name) for layer in costs.layers) for name in SECONDS.values())
+    table.add_row("all", str(len(costs.layers)), *(f"{seconds * 1e3:.3f}" for seconds in total))
+    return table
+
+
+def sizes_of(costs: Costs) -> Table:
+    """Returns the bytes of each kind of layer, and of what layers share."""
+    rows: dict[str, LayerCost | TiedParams]
+    rows = {kind: layers[0] for kind, layers in costs.kinds.items()}
+    rows |= {f"shared by {' '.join(each.layers)}": each for each in costs.tied}
+    sizes = {row: [getattr(cost, name, 0) for name in BYTES.values()] for row, cost in rows.items()}
+    largest = max(max(row) for row in sizes.values())
+    unit = next((unit for unit, size in UNITS.items() if largest > 10 * size), "kB")
+    table = new_table(unit, *BYTES)
+    for name, row in sizes.items():
+        table.add_row(name, *(f"{num_bytes / UNITS[unit]:,.1f}" for num_bytes in row))
+    return table
+
+
+def new_table(*columns: str) -> Table:
+    """Returns a table in which numbers are whole, however narrow it is."""
+    table = Table(box=None)
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def report_ratios(ratios: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    """Prints estimated over measured seconds of each kind of layer."""
+    table = new_table("estimated over measured", *SECONDS)
+    for kind, each in ratios.items():
+        cells = (f"{each[program]:.2f}" if program in each else "" for program in SECONDS)
+        table.add_row(kind, *cells)
+    console.print()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # of JAX, for one; --verbosity=0 shows the rest
+    app.run(main)

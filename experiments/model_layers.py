@@ -1,0 +1,37 @@
+"""The layers of a model, of any size: nothing of it is allocated."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models import Model
+from passes import PROGRAM_PASSES
+from passes.layers import LayerGraph, find_layers
+from passes.runner import Dump, run
+from passes.trace import trace
+
+
+def layers_of(
+    model: Model, config: Any, *, microbatch_size: int, sequence_length: int
+) -> tuple[LayerGraph, Any]:
+    """Returns the layers of a microbatch's loss, and the types of the parameters.
+
+    Args:
+        model: the family.
+        config: which of the family.
+        microbatch_size: sequences.
+        sequence_length: tokens predicted in each.
+    """
+    module, loss = model.module(config), model.loss(config)
+    apply: Callable[..., Any] = module.apply
+
+    def loss_fn(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return loss(functools.partial(apply, {"params": params}), batch)
+
+    tokens = jax.ShapeDtypeStruct((microbatch_size, sequence_length + 1), jnp.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+    program, _ = trace(loss_fn, params, {"tokens": tokens}, has_aux=True)
+    return find_layers(run(program, PROGRAM_PASSES, Dump(None))), params
