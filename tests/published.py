@@ -37,7 +37,7 @@ def published_costs(model: str) -> Costs:
                 backward_s=(input_grad + weight_grad) * TICK_S,
                 input_grad_s=input_grad * TICK_S,
                 weight_grad_s=weight_grad * TICK_S,
-                saved_bytes=0 < index < len(kinds) - 1,
+                saved_bytes=int(0 < index < len(kinds) - 1),
             )
         )
     return Costs(tuple(layers))
