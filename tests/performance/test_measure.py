@@ -1,0 +1,224 @@
+"""Costs from running the programs of layers; what the clock says is given, where it matters."""
+
+import itertools
+from dataclasses import fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxptis.cluster import DEVICE_SPECS
+from jaxptis.performance import LayerCost
+from jaxptis.performance import calibrate as calibrating
+from jaxptis.performance import measure as measuring
+from jaxptis.performance.calibrate import calibrate
+from jaxptis.performance.estimate import estimate
+from jaxptis.performance.measure import measure
+from passes import jaxprs
+from passes.layer_programs import layer_programs
+from passes.stages import Operand, Role
+from tests.passes.on_host import layers_of
+from tests.passes.small_models import MODELS, array, case
+from tests.small_models import loss_fn, make_batch, make_params
+
+SECONDS = ("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No program is run more often than it must be."""
+    monkeypatch.setattr(measuring, "ENOUGH_S", 0.0)
+
+
+def small(num_blocks=2):
+    return layer_programs(layers_of(loss_fn, make_params(num_blocks), make_batch()))
+
+
+def test_all_but_the_seconds_and_temporaries_are_those_of_an_estimate(quick):
+    layers = small()
+    device = jax.devices()[3]
+    measured = measure(layers, device, state_bytes={0: 12})
+    estimated = estimate(layers, DEVICE_SPECS["cpu"], state_bytes={0: 12})
+    same = [each.name for each in fields(LayerCost) if each.name.endswith("_bytes")]
+    same.remove("temporary_bytes")
+    for ours, theirs in zip(measured.layers, estimated.layers, strict=True):
+        assert {n: getattr(ours, n) for n in same} == {n: getattr(theirs, n) for n in same}
+        assert ours.temporary_bytes > 0
+    assert measured.tied == estimated.tied
+    assert (measured.source, measured.device) == ("measured", "cpu")
+    assert measured.start_s > 0
+    _, block, *_ = measured.layers
+    assert block.forward_s > 0 and block.backward_s > 0
+    first, *_ = measured.layers
+    assert first.input_grad_s == first.recompute_s == 0  # it has no such program
+
+
+def test_medians_less_what_it_takes_to_start(monkeypatch):
+    """Every program's runs take 7, 1, 2, 9, 4 seconds more than the program's number."""
+    numbers = itertools.count()
+
+    def seconds(run):
+        run()
+        more = next(numbers)
+        return [more + s for s in (7.0, 1.0, 2.0, 9.0, 4.0)]
+
+    monkeypatch.setattr(measuring, "_seconds", seconds)
+    costs = measure(small(num_blocks=1), jax.devices()[0])
+    assert costs.start_s == 4
+    # The first layer has F, B and W; the others have all five.
+    first, block, head = costs.layers
+    assert [getattr(first, name) for name in SECONDS] == [1, 2, 0, 3, 0]
+    assert [getattr(block, name) for name in SECONDS] == [4, 5, 6, 7, 8]
+    assert [getattr(head, name) for name in SECONDS] == [9, 10, 11, 12, 13]
+    # The quartiles are 2 and 7 seconds; the program of the smallest median has the largest spread.
+    assert first.spread == 5 / (4 + 1)
+    assert head.spread == 5 / (4 + 9)
+
+
+def test_a_program_faster_than_an_empty_one_takes_nothing(monkeypatch):
+    falling = itertools.count(100, -1)
+
+    def seconds(run):
+        run()
+        return [next(falling)] * 2
+
+    monkeypatch.setattr(measuring, "_seconds", seconds)
+    costs = measure(small(num_blocks=0), jax.devices()[0])
+    assert {getattr(layer, name) for layer in costs.layers for name in SECONDS} == {0}
+
+
+@pytest.mark.parametrize(("run_s", "num_runs"), [(1.0, 9), (0.25, 9), (0.0201, 15), (0.0, 99)])
+def test_short_programs_run_more_often(monkeypatch, run_s, num_runs):
+    """At least 9 times, more as long as all runs took less than 0.3 s, and 99 times at most."""
+    now_s = 0.0
+
+    def run():
+        nonlocal now_s
+        now_s += run_s
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now_s)
+    assert len(measuring._seconds(run)) == num_runs
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """A list that grows by what each program returns, run once each."""
+    found = []
+
+    def seconds(run):
+        found.append(
+            [np.asarray(x) for x in run() if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+        )
+        return [1.0, 1.0]
+
+    monkeypatch.setattr(measuring, "_seconds", seconds)
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_programs_are_given_what_they_can_work_with(name, results):
+    """A token that is not in the vocabulary gives NaN, as would saved values that are drawn."""
+    layers = layer_programs(case(name).graph)
+    measure(layers, jax.devices()[0])
+    kinds = {layer.kind.index: layer.kind for layer in layers}.values()
+    assert len(results) == 1 + sum(len(kind.programs) for kind in kinds)
+    for arrays in results:
+        assert all(np.isfinite(x.astype(np.float32)).all() for x in arrays)
+
+
+def test_tokens_are_of_the_whole_vocabulary():
+    params = {"embedding": array(1000, 8), "head": array(8, 8)}
+
+    def loss(p, ids):
+        return (p["embedding"][ids] @ p["head"]).sum()
+
+    ids = jnp.zeros((2, 500), jnp.int32)
+    kind = layer_programs(layers_of(loss, params, ids))[0].kind
+    (drawn,) = (
+        measuring._value(operand, v.aval, kind)
+        for operand, v in zip(
+            kind.gradient.forward.reads, kind.gradient.forward.jaxpr.invars, strict=True
+        )
+        if operand.role == Role.BATCH
+    )
+    assert drawn.dtype == np.int32 and drawn.min() >= 0 and 900 < drawn.max() < 1000
+
+
+def test_sums_of_gradients_are_consumed_and_grow():
+    kind = small(num_blocks=1)[1].kind
+    program = kind.gradient.backward
+    values = {
+        operand: jnp.asarray(measuring._value(operand, v.aval, kind))
+        for operand, v in zip(program.reads, program.jaxpr.invars, strict=True)
+    }
+    sums = {operand: x for operand, x in values.items() if operand.role == Role.SUM}
+    once = dict(
+        zip(
+            program.writes,
+            jaxprs.evaluate(program.jaxpr, [values[x] for x in program.reads]),
+            strict=True,
+        )
+    )
+    assert len(sums) == 2 and not any(x.any() for x in sums.values())
+    running = measuring._Running(program, values)
+    for _ in range(3):
+        running()
+    for operand, x in sums.items():
+        assert x.is_deleted()
+        np.testing.assert_allclose(values[operand], 3 * once[operand], rtol=1e-5)
+
+
+def test_keys_of_random_numbers():
+    def loss(p, batch):
+        x = jnp.tanh(batch["x"] @ p["first"])
+        x = jnp.where(jax.random.bernoulli(batch["key"], 0.5, x.shape), x, 0)
+        return (x @ p["head"]).sum()
+
+    batch = {"x": array(4, 8), "key": jax.random.key(0)}
+    key = Operand(Role.BATCH, 0)
+    layers = layer_programs(layers_of(loss, {"first": array(8, 8), "head": array(8, 2)}, batch))
+    (kind,) = (layer.kind for layer in layers if key in layer.kind.gradient.forward.reads)
+    position = kind.gradient.forward.reads.index(key)
+    drawn = measuring._value(key, kind.gradient.forward.jaxpr.invars[position].aval, kind)
+    assert drawn.dtype == batch["key"].dtype and drawn.shape == ()
+
+
+def test_layers_of_one_kind_are_compiled_and_run_once(monkeypatch, quick):
+    compiled = []
+    original = jax.stages.Lowered.compile
+
+    def count(lowered, *args, **kwargs):
+        compiled.append(lowered)
+        return original(lowered, *args, **kwargs)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", count)
+    measure(small(num_blocks=4), jax.devices()[0])
+    assert len(compiled) == 1 + 3 + 5 + 5  # the empty program, the first layer, a block, the head
+
+
+def test_a_device_of_another_process(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda **_: jax.devices()[:1])
+    with pytest.raises(ValueError, match="belongs to another process; measure on a device of this"):
+        measure(small(), jax.devices()[1])
+
+
+def test_rates_are_work_over_time(monkeypatch):
+    """Each run takes half a second: the first width of a matmul is wide enough."""
+    ticks = itertools.count()
+    monkeypatch.setattr(calibrating.time, "perf_counter", lambda: next(ticks) / 2)
+    monkeypatch.setattr(calibrating, "_ARRAY_BYTES", 2**20)
+    spec = calibrate(jax.devices()[0], jnp.float32)
+    assert spec.flops_per_s == 2 * 512**3 / 0.5
+    assert spec.bytes_per_s == 2 * 2**20 / 0.5
+    assert (spec.kind, spec.memory_bytes, spec.speed) == ("cpu", None, 1.0)
+
+
+def test_wider_matmuls_are_run_until_one_takes_long_enough(monkeypatch):
+    """They take 1, 4 and 16 ms: the third is the last, and the best."""
+    seconds = iter([0.001, 0.004, 0.016, 1.0])
+    monkeypatch.setattr(calibrating, "_best_s", lambda run: next(seconds))
+    monkeypatch.setattr(calibrating, "_ARRAY_BYTES", 2**20)
+    spec = calibrate(jax.devices()[0])
+    assert spec.flops_per_s == 2 * 2048**3 / 0.016
+    assert spec.bytes_per_s == 2 * 2**20
