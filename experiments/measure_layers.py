@@ -51,7 +51,7 @@ BYTES = {
     "state": "state_bytes",
     "input": "input_bytes",
     "saved": "saved_bytes",
-    "all": "saved_all_bytes",
+    "saved all": "saved_all_bytes",
     "kept": "kept_bytes",
     "temp": "temporary_bytes",
 }

@@ -166,6 +166,7 @@ def _spec(device: _Device) -> DeviceSpec:
         raise ValueError(
             f"device kind {kind!r} is not known, only {', '.join(map(repr, DEVICE_SPECS))}; "
             "pass pipeline(cluster=Cluster((DeviceSpec(kind=..., flops_per_s=..., "
-            "bytes_per_s=...), ...))), one for each device"
+            "bytes_per_s=...), ...))), one for each device; "
+            "jaxptis.performance.calibrate.calibrate(device) measures one"
         )
     return DEVICE_SPECS[kind]

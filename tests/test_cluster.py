@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass
 from math import inf, nan
 
@@ -29,6 +30,19 @@ def test_every_spec_is_plausible(spec: DeviceSpec) -> None:
     if spec.kind != "cpu":
         assert 100 < spec.flops_per_s / spec.bytes_per_s < 600
         assert 1e14 < spec.flops_per_s < 1e16
+
+
+@pytest.mark.parametrize("spec", DEVICE_SPECS.values(), ids=DEVICE_SPECS)
+def test_every_memory_is_plausible(spec: DeviceSpec) -> None:
+    """Some parts have it in their name; all are read once in 5 to 100 ms."""
+    if spec.kind == "cpu":
+        assert spec.memory_bytes is None
+        return
+    assert spec.memory_bytes is not None
+    named = re.search("([0-9]+)GB", spec.kind)
+    if named:
+        assert spec.memory_bytes == int(named[1]) * 10**9
+    assert 0.005 < spec.memory_bytes / spec.bytes_per_s < 0.1
 
 
 def test_unknown_kind_says_what_to_do() -> None:

@@ -57,13 +57,14 @@ def _transfers(
     for step in in_one_order(rows):
         if len(step.ends) == 1:
             continue
-        ends = [
-            happenings[device, position]
+        at = {
+            device: happenings[device, position]
             for (device, _), position in zip(step.ends, step.positions, strict=True)
-        ]
-        start_s = max(each.start_s for each in ends) - begin_s
-        end_s = max(each.end_s for each in ends) - begin_s
+        }
+        start_s = max(each.start_s for each in at.values()) - begin_s
         for (source, sends), (target, _) in (step.ends, step.ends[::-1]):
+            # What has arrived is there, whenever its sender gets to know.
+            end_s = at[target].end_s - begin_s
             for name in sends.reads:
                 made_by, reader = makers.get((source, name)), readers.get((target, name))
                 if made_by is not None and reader is not None:

@@ -135,11 +135,14 @@ def _value(operand: Operand, aval: Any, kind: LayerKind) -> Any:
     """Return an array that a program may be given."""
     if operand.role == Role.CONSTANT:
         return kind.gradient.constants[operand.index]
-    if operand.role == Role.SUM or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
-        return jax.numpy.zeros(aval.shape, aval.dtype)  # extended: the keys of random numbers
+    if operand.role == Role.SUM:
+        return np.zeros(aval.shape, aval.dtype)
+    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):  # keys of random numbers
+        return jax.numpy.zeros(aval.shape, aval.dtype)
     rng = np.random.default_rng(operand.index)
     if jaxprs.is_float(aval):
-        return np.resize(_SCALE * rng.normal(size=_NUM_NORMALS), aval.shape).astype(aval.dtype)
+        normals = _SCALE * rng.normal(size=_NUM_NORMALS)
+        return np.resize(normals.astype(aval.dtype), aval.shape)
     return rng.integers(0, _num_indices(kind), aval.shape).astype(aval.dtype)
 
 

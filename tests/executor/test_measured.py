@@ -20,8 +20,9 @@ def run(rng, rows):
     happenings = []
     for step in in_one_order(rows):
         devices = [device for device, _ in step.ends]
-        end_s = max(free_s[device] for device in devices) + rng.random()
+        over_s = max(free_s[device] for device in devices) + rng.random()
         for device, position in zip(devices, step.positions, strict=True):
+            end_s = over_s + rng.choice((0, rng.random()))  # an end may learn of it late
             happenings.append(
                 Happening(device=device, position=position, start_s=free_s[device], end_s=end_s)
             )

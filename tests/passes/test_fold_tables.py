@@ -112,3 +112,21 @@ def test_what_depends_on_the_batch_stays():
         return jnp.mean(jnp.cos(batch["x"]) * (batch["x"] @ p["w"])), ()
 
     assert change(loss) == ({}, ())
+
+
+@pytest.mark.parametrize("scales", [(0.5, 2.0, 0.5), (0.1, 0.1000001, 0.3)])
+def test_every_stage_has_its_own_table(scales):
+    """Equal tables are computed once; of others each number is in their text."""
+    params = {f"w{i}": PARAMS["w"] for i in range(len(scales))}
+
+    def loss(p, batch):
+        x = batch["x"]
+        for w, scale in zip(p.values(), scales, strict=True):
+            x = jnp.tanh(x @ w * jnp.cos(scale * jnp.arange(3.0)))
+        return jnp.mean(x), ()
+
+    graph = layers_of(loss, params, BATCH, has_aux=True)
+    stages = fold_tables(cut_stages(graph, range(len(scales) + 1)))
+    for stage, scale in zip(stages.stages, scales, strict=True):
+        (table,) = stage.constants
+        np.testing.assert_array_equal(table, np.asarray(jnp.cos(scale * jnp.arange(3.0))))

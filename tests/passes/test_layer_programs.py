@@ -96,6 +96,39 @@ def test_layers_with_other_derivative_rules_are_of_other_kinds(factors, kinds):
     assert [layer.kind.index for layer in layers[1:-1]] == kinds
 
 
+def test_layers_that_other_layers_read_are_of_other_kinds():
+    """The result of the second block goes on and to the end: its gradient comes in two parts."""
+    params = {"in": array(4, 8), "blocks": [array(8, 8) for _ in range(4)]}
+    params |= {"out": array(8, 4), "end": array(8, 4)}
+
+    def loss(p, x):
+        x, results = x @ p["in"], []
+        for w in p["blocks"]:
+            x = jnp.tanh(x @ w)
+            results.append(x)
+        return (x @ p["out"] + results[1] @ p["end"]).sum()
+
+    graph = layers_of(loss, params, array(2, 4))
+    _, first, second, *_ = stages_of(graph).stages
+    assert str(first.forward) == str(second.forward)
+    assert [layer.kind.index for layer in layer_programs(graph)[1:3]] == [1, 2]
+
+
+def test_a_layer_that_makes_the_loss_is_of_another_kind():
+    """Two heads do the same, but a gradient flows from one alone."""
+    params = {"first": array(4, 8), "heads": [array(8, 4), array(8, 4)]}
+
+    def loss(p, x):
+        x = x @ p["first"]
+        losses = [jnp.sum((x @ head) ** 2) for head in p["heads"]]
+        return losses[1], losses[0]
+
+    layers = layer_programs(layers_of(loss, params, array(2, 4), has_aux=True))
+    assert [layer.kind.index for layer in layers] == [0, 1, 2]
+    written = [{x.role for x in layer.kind.gradient.backward.writes} for layer in layers]
+    assert written == [{Role.SUM}, {Role.COTANGENT}, {Role.COTANGENT, Role.SUM}]
+
+
 @each_model
 def test_what_is_run_again_is_what_the_backward_reads_of_the_forward(name):
     """Values equal to those of the forward, from what a stage that recomputes all has."""
