@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
@@ -20,8 +21,9 @@ TICK_S = 1e-5
 def published_costs(model: str) -> Costs:
     """Return the costs of a model's layers, in whole ticks.
 
-    What they call B is the input gradient; a whole backward is that and the weight gradient. Each
-    layer between embedding and head saves a byte: memory is layers times microbatches.
+    What they call B is the input gradient; a whole backward is that and the weight gradient. The
+    first stage of theirs makes an input gradient, too, so no embedding's takes nothing. Each layer
+    between embedding and head saves a byte: memory is layers times microbatches.
     """
     profile = json.loads((DATA / "layer_profiles.json").read_text())[model]
     kinds = profile["layers"].split()
@@ -35,7 +37,7 @@ def published_costs(model: str) -> Costs:
                 name=f"{index}/{kind}",
                 forward_s=forward * TICK_S,
                 backward_s=(input_grad + weight_grad) * TICK_S,
-                input_grad_s=input_grad * TICK_S,
+                input_grad_s=input_grad * TICK_S or sys.float_info.min,
                 weight_grad_s=weight_grad * TICK_S,
                 saved_bytes=int(0 < index < len(kinds) - 1),
             )

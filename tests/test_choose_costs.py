@@ -73,15 +73,14 @@ def test_by_default_costs_are_estimated():
 
 def test_measured_costs(monkeypatch):
     """The clock says that the programs of the head take a hundred times as long."""
-    run = measuring._seconds
 
-    def seconds(program):
-        run(program)
-        is_head = any(x.shape == (WIDTH, OUT) for x in getattr(program, "_values", {}).values())
-        return [100.0 if is_head else 1.0] * 2
+    def seconds(programs):
+        empty, *others = programs
+        return [[0.5] * 2, *([100.0 if is_head(each) else 1.0] * 2 for each in others)]
 
-    monkeypatch.setattr(measuring, "ENOUGH_S", 0.0)
-    monkeypatch.setattr(measuring, "_measure_start", lambda kinds, device: 0.5)
+    def is_head(program):
+        return any(x.shape == (WIDTH, OUT) for x in program._values.values())
+
     monkeypatch.setattr(measuring, "_seconds", seconds)
     pipelined = compiled("measured")
     assert pipelined.costs.source == "measured"

@@ -26,7 +26,9 @@ class LayerCost:
         name: the layer's.
         forward_s: of a forward, F.
         backward_s: of a whole backward, B: its own figure, since splitting may have a price.
-        input_grad_s: of the input gradient of a split backward, I.
+        input_grad_s: of the input gradient of a split backward, I; 0 for the first layer of a
+            model, which reads the batch. The stage that has it makes no input gradient: its I does
+            nothing, and its W is the whole backward.
         weight_grad_s: of the weight gradient of a split backward, W.
         recompute_s: what B or I takes more in a stage that recomputes all.
         input_bytes: of what it reads of the layers before; its gradient takes as many.
@@ -170,6 +172,8 @@ class Costs:
     def task_s(self, stage_layers: range, kind: str, recompute: Recompute = "cheap") -> float:
         """Return the seconds of one task of a stage that holds the layers of these indices.
 
+        In a stage without an input gradient, I takes none; see `LayerCost`.
+
         Raises:
             ValueError: `kind` is not F, B, I or W.
         """
@@ -180,11 +184,19 @@ class Costs:
                 return self.start_s + sum(layer.forward_s for layer in layers)
             case "B":
                 return self.start_s + again_s + sum(layer.backward_s for layer in layers)
-            case "I":
+            case "I" if self.makes_input_grad(stage_layers):
                 return self.start_s + again_s + sum(layer.input_grad_s for layer in layers)
-            case "W":
+            case "I":
+                return 0.0
+            case "W" if self.makes_input_grad(stage_layers):
                 return self.start_s + sum(layer.weight_grad_s for layer in layers)
+            case "W":
+                return self.task_s(stage_layers, "B", recompute)
         raise ValueError(f"task kind {kind!r} is not known; use one of F, B, I, W")
+
+    def makes_input_grad(self, stage_layers: range) -> bool:
+        """Whether a stage that holds these layers reads what has a gradient."""
+        return stage_layers.start > 0 or self.layers[0].input_grad_s > 0
 
     def saved_bytes(self, stage_layers: range, recompute: Recompute = "cheap") -> int:
         """Return what a forward of a stage saves for its backward, beside the stage's input.

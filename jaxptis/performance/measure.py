@@ -1,10 +1,12 @@
 """Costs of layers from running their programs on a device.
 
 Each program is compiled as the executor compiles that of a stage, and consumes the sums of
-gradients as it does there; what else the executor lets a program overwrite, it does not. The
-arrays of one kind of layer are there at a time.
+gradients as it does there; what else the executor lets a program overwrite, it does not. They are
+run in turn, as in a step: run again and again, a program finds what it reads in caches. So the
+arrays of one layer of each kind are there at a time.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,7 @@ from passes.stages import Operand, Role, StageProgram
 
 LEAST_RUNS, MOST_RUNS = 9, 99
 ENOUGH_S = 0.3
-"""Seconds after which a program is run no more than `LEAST_RUNS` times."""
+"""Seconds for each program, on average, after which none is run more than `LEAST_RUNS` times."""
 
 _SCALE = 0.02  # of random floats: what models begin with
 _NUM_NORMALS = 65_537  # drawn for an array, and repeated; a prime, so that rows differ
@@ -53,8 +55,15 @@ def measure(
     if device not in jax.local_devices(backend=device.platform):
         raise ValueError(f"{device} belongs to another process; measure on a device of this one")
     kinds = kinds_of(layers)
-    start_s = _measure_start(kinds, device)
-    costs = {kind.index: _measure_kind(kind, device, start_s) for kind in track(kinds)}
+    programs = [each for kind in track(kinds) for each in _prepare(kind, device)]
+    in_turn = sorted(programs, key=_place)
+    start_runs_s, *runs_s = _seconds([_empty(kinds, device), *in_turn])
+    start_s = statistics.median(start_runs_s)
+    seconds = dict(zip(in_turn, runs_s, strict=True))
+    costs = {
+        kind.index: _kind_cost({p: seconds[p] for p in programs if p.kind == kind.index}, start_s)
+        for kind in kinds
+    }
     return Costs(
         layer_costs(layers, costs, state_bytes),
         tied=tied_params(layers, state_bytes),
@@ -65,40 +74,58 @@ def measure(
     )
 
 
-def _measure_start(kinds: Sequence[LayerKind], device: Any) -> float:
-    """Return the median seconds of an empty program of typical arity."""
+def _empty(kinds: Sequence[LayerKind], device: Any) -> Callable[[], Any]:
+    """Return an empty program of typical arity, and its arguments."""
     programs = [program for kind in kinds for program in kind.programs.values()]
     num_inputs = statistics.median_high(len(program.reads) for program in programs)
     num_outputs = statistics.median_high(len(program.writes) for program in programs)
-    zero = jax.device_put(np.float32(0), device)
+    zeros = [jax.device_put(np.float32(0), device)] * num_inputs
     empty = jax.jit(lambda *args: [args[0] + k for k in range(num_outputs)])
-    compiled = empty.lower(*[zero] * num_inputs).compile()
-    return statistics.median(_seconds(lambda: compiled(*[zero] * num_inputs)))
+    return functools.partial(empty.lower(*zeros).compile(), *zeros)
 
 
-def _measure_kind(kind: LayerKind, device: Any, start_s: float) -> KindCost:
-    """Run the programs in turn, each on what those before it made."""
+def _prepare(kind: LayerKind, device: Any) -> list["_Running"]:
+    """Compile the programs of a kind, and make their arguments, and run each once."""
     values: dict[Operand, Any] = {}
-    seconds, spreads, temporaries = {}, [], []
+    prepared = []
     for name, program in kind.programs.items():
         for operand, v in zip(program.reads, program.jaxpr.invars, strict=True):
             if operand not in values:
                 values[operand] = jax.device_put(_value(operand, v.aval, kind), device)
-        running = _Running(program, values)
-        runs_s = _seconds(running)
-        median_s = statistics.median(runs_s)
-        first_s, _, third_s = statistics.quantiles(runs_s, n=4, method="inclusive")
-        seconds[name] = max(0.0, median_s - start_s)
+        running = _Running(kind.index, name, program, values)
+        jax.block_until_ready(running())  # what it makes, those after it read
+        prepared.append(running)
+    return prepared
+
+
+def _place(program: "_Running") -> tuple[int, int]:
+    """Return the place of a program in a step: the last layer's backward is the first."""
+    kind = program.kind if program.name == "F" else -program.kind
+    return ("F", "again", "B", "I", "W").index(program.name), kind
+
+
+def _kind_cost(runs_s: Mapping["_Running", Sequence[float]], start_s: float) -> KindCost:
+    seconds, spreads = {}, []
+    for program, each_s in runs_s.items():
+        median_s = statistics.median(each_s)
+        first_s, _, third_s = statistics.quantiles(each_s, n=4, method="inclusive")
+        seconds[program.name] = max(0.0, median_s - start_s)
         spreads.append((third_s - first_s) / median_s)
-        temporaries.append(running.temporary_bytes)
-    return KindCost(seconds=seconds, temporary_bytes=max(temporaries), spread=max(spreads))
+    return KindCost(
+        seconds=seconds,
+        temporary_bytes=max(program.temporary_bytes for program in runs_s),
+        spread=max(spreads),
+    )
 
 
 class _Running:
     """A compiled program and its arguments; the sums of gradients are those of the run before."""
 
-    def __init__(self, program: StageProgram, values: dict[Operand, Any]) -> None:
+    def __init__(
+        self, kind: int, name: str, program: StageProgram, values: dict[Operand, Any]
+    ) -> None:
         """Take arguments from `values`, in which results replace what is consumed."""
+        self.kind, self.name = kind, name
         self._program, self._values = program, values
         sums = [k for k, x in enumerate(program.reads) if x.role == Role.SUM]
 
@@ -120,14 +147,17 @@ class _Running:
         return memory.temp_size_in_bytes if memory else 0
 
 
-def _seconds(run: Callable[[], Any]) -> list[float]:
-    """Run to warm up, then until it is enough, and return the seconds of every run."""
-    jax.block_until_ready(run())
-    runs_s: list[float] = []
-    while len(runs_s) < LEAST_RUNS or (len(runs_s) < MOST_RUNS and sum(runs_s) < ENOUGH_S):
-        start_s = time.perf_counter()
-        jax.block_until_ready(run())
-        runs_s.append(time.perf_counter() - start_s)
+def _seconds(programs: Sequence[Callable[[], Any]]) -> list[list[float]]:
+    """Run all in turn until it is enough; return the seconds of every run of each."""
+    runs_s: list[list[float]] = [[] for _ in programs]
+    enough_s = ENOUGH_S * len(programs)
+    for count in range(MOST_RUNS):
+        if count >= LEAST_RUNS and sum(map(sum, runs_s)) >= enough_s:
+            break
+        for run, seconds in zip(programs, runs_s, strict=True):
+            start_s = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds.append(time.perf_counter() - start_s)
     return runs_s
 
 

@@ -23,6 +23,11 @@ Times = dict[str, tuple[float, float]]  # a task's or a transfer's start and end
 def seconds_of(step: Step, task: Task) -> float:
     """Add up the layers of a task's stage, another way than `Costs.task_s` does."""
     stage = step.plan.stages[task.stage]
+    kind = task.kind
+    if kind in "IW" and task.stage == 0 and step.costs.layers[0].input_grad_s == 0:
+        if kind == "I":
+            return 0.0
+        kind = "B"
     total = step.costs.start_s
     for layer in step.costs.layers:
         if layer.name in stage.layers:
@@ -31,8 +36,8 @@ def seconds_of(step: Step, task: Task) -> float:
                 "B": layer.backward_s,
                 "I": layer.input_grad_s,
                 "W": layer.weight_grad_s,
-            }[task.kind]
-            if stage.recompute == "all" and task.kind in "BI":
+            }[kind]
+            if stage.recompute == "all" and kind in "BI":
                 total += layer.recompute_s
     return total / step.cluster.devices[stage.device].speed
 
@@ -200,6 +205,8 @@ def longer(rng: Random, step: Step) -> Step:
             at = rng.randrange(len(costs.layers))
             names = [each.name for each in fields(LayerCost) if each.name.endswith("_s")]
             what = rng.choice([*names, "input_bytes"])
+            if at == 0 and what == "input_grad_s" and costs.layers[0].input_grad_s == 0:
+                what = "forward_s"  # with an input gradient, the first stage would have another W
             layer = replace(costs.layers[at], **{what: getattr(costs.layers[at], what) + 4})
             layers = (*costs.layers[:at], layer, *costs.layers[at + 1 :])
             return replace(step, costs=replace(costs, layers=layers))

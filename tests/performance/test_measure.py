@@ -57,50 +57,51 @@ def test_all_but_the_seconds_and_temporaries_are_those_of_an_estimate(quick):
 
 
 def test_medians_less_what_it_takes_to_start(monkeypatch):
-    """Every program's runs take 7, 1, 2, 9, 4 seconds more than the program's number."""
-    numbers = itertools.count()
+    """Every program's runs take 7, 1, 2, 9, 4 seconds more than the program's place."""
 
-    def seconds(run):
-        run()
-        more = next(numbers)
-        return [more + s for s in (7.0, 1.0, 2.0, 9.0, 4.0)]
+    def seconds(programs):
+        return [[k + s for s in (7.0, 1.0, 2.0, 9.0, 4.0)] for k in range(len(programs))]
 
     monkeypatch.setattr(measuring, "_seconds", seconds)
     costs = measure(small(num_blocks=1), jax.devices()[0])
     assert costs.start_s == 4
-    # The first layer has F, B and W; the others have all five.
+    # Forwards come first, then what is run again, B, I and W, each from the last layer to the
+    # first, which has F, B and W only.
     first, block, head = costs.layers
-    assert [getattr(first, name) for name in SECONDS] == [1, 2, 0, 3, 0]
-    assert [getattr(block, name) for name in SECONDS] == [4, 5, 6, 7, 8]
-    assert [getattr(head, name) for name in SECONDS] == [9, 10, 11, 12, 13]
+    assert [getattr(first, name) for name in SECONDS] == [1, 8, 0, 13, 0]
+    assert [getattr(block, name) for name in SECONDS] == [2, 7, 10, 12, 5]
+    assert [getattr(head, name) for name in SECONDS] == [3, 6, 9, 11, 4]
     # The quartiles are 2 and 7 seconds; the program of the smallest median has the largest spread.
     assert first.spread == 5 / (4 + 1)
-    assert head.spread == 5 / (4 + 9)
+    assert head.spread == 5 / (4 + 3)
 
 
 def test_a_program_faster_than_an_empty_one_takes_nothing(monkeypatch):
-    falling = itertools.count(100, -1)
-
-    def seconds(run):
-        run()
-        return [next(falling)] * 2
+    def seconds(programs):
+        return [[100.0 - k] * 2 for k in range(len(programs))]
 
     monkeypatch.setattr(measuring, "_seconds", seconds)
     costs = measure(small(num_blocks=0), jax.devices()[0])
     assert {getattr(layer, name) for layer in costs.layers for name in SECONDS} == {0}
 
 
-@pytest.mark.parametrize(("run_s", "num_runs"), [(1.0, 9), (0.25, 9), (0.0201, 15), (0.0, 99)])
-def test_short_programs_run_more_often(monkeypatch, run_s, num_runs):
-    """At least 9 times, more as long as all runs took less than 0.3 s, and 99 times at most."""
-    now_s = 0.0
+@pytest.mark.parametrize(("round_s", "num_rounds"), [(2.0, 9), (0.5, 9), (0.0402, 15), (0.0, 99)])
+def test_short_programs_run_more_often(monkeypatch, round_s, num_rounds):
+    """At least 9 times, more as long as all took less than 0.3 s each, and 99 times at most."""
+    now_s, order = 0.0, []
 
-    def run():
-        nonlocal now_s
-        now_s += run_s
+    def program(name, run_s):
+        def run():
+            nonlocal now_s
+            now_s += run_s
+            order.append(name)
+
+        return run
 
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: now_s)
-    assert len(measuring._seconds(run)) == num_runs
+    runs_s = measuring._seconds([program("a", round_s / 4), program("b", 3 * round_s / 4)])
+    assert order == ["a", "b"] * num_rounds
+    np.testing.assert_allclose(runs_s, [[round_s / 4] * num_rounds, [3 * round_s / 4] * num_rounds])
 
 
 @pytest.fixture
@@ -108,11 +109,12 @@ def results(monkeypatch):
     """A list that grows by what each program returns, run once each."""
     found = []
 
-    def seconds(run):
-        found.append(
-            [np.asarray(x) for x in run() if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
-        )
-        return [1.0, 1.0]
+    def seconds(programs):
+        for run in programs:
+            found.append(
+                [np.asarray(x) for x in run() if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+            )
+        return [[1.0, 1.0] for _ in programs]
 
     monkeypatch.setattr(measuring, "_seconds", seconds)
     return found
@@ -163,7 +165,7 @@ def test_sums_of_gradients_are_consumed_and_grow():
         )
     )
     assert len(sums) == 2 and not any(x.any() for x in sums.values())
-    running = measuring._Running(program, values)
+    running = measuring._Running(kind.index, "B", program, values)
     for _ in range(3):
         running()
     for operand, x in sums.items():

@@ -268,7 +268,10 @@ def test_the_executor_counts_the_same() -> None:
         step = random_step(rng)
         stages = (replace(stage, recompute=rng.choice(levels)) for stage in step.plan.stages)
         plan = replace(step.plan, stages=tuple(stages))
-        layers = (replace(each, temporary_bytes=0) for each in step.costs.layers)
+        layers = (
+            replace(each, temporary_bytes=0, input_grad_s=each.input_grad_s + 1)
+            for each in step.costs.layers
+        )
         costs = replace(step.costs, layers=tuple(layers), start_s=1.0)
         cluster = replace(step.cluster, link=Link(latency_s=1), links={})
         memory = simulate(plan, costs, cluster, blocking=True).memory
