@@ -1,40 +1,62 @@
 """From the layers of a model, and what the user chose, to their costs."""
 
+import dataclasses
+import statistics
 from collections.abc import Sequence
 from itertools import zip_longest
 from os import PathLike
-
-import jax
+from typing import Any
 
 from jaxptis.options import Options
 from jaxptis.performance import Costs
+from jaxptis.performance.costs_file import from_json, to_json
 from jaxptis.performance.estimate import estimate
 from jaxptis.performance.measure import measure
+from jaxptis.processes import Processes, is_local
 from passes.layer_programs import layer_programs
 from passes.layers import LayerGraph
+
+_MEASURED = (
+    *("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s"),
+    "spread",
+)
 
 
 def choose_costs(graph: LayerGraph, options: Options) -> Costs:
     """Estimate, measure or read the costs of the layers.
 
+    Of several processes each measures, all at the same time, and the means are taken.
+
     Raises:
-      ValueError: the costs cannot be read, are those of other layers, or cannot be measured.
+      ValueError: the costs cannot be read, or are those of other layers.
     """
     chosen = options.costs
     if chosen == "estimated":
         return estimate(layer_programs(graph), options.cluster.devices[0])
     if chosen == "measured":
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"each of {jax.process_count()} processes would measure other costs, and make "
-                "another plan; measure in one process, save what it found (pipelined.costs.save), "
-                "and pass the path of the file as costs"
-            )
-        return measure(layer_programs(graph), options.devices[0])
+        processes = Processes(options.devices)
+        processes.begin("measuring the layers")
+        device = next(filter(is_local, options.devices))
+        own = measure(layer_programs(graph), device, ready=processes.wait_for_all)
+        return _mean(own, processes)
     costs = chosen if isinstance(chosen, Costs) else _load(chosen)
     where = "costs" if isinstance(chosen, Costs) else str(chosen)
     _check_layers([layer.name for layer in graph.layers], costs, where)
     return costs
+
+
+def _mean(own: Costs, processes: Processes) -> Costs:
+    """Return the means of what the processes have measured, the same in each of them."""
+    every = [from_json(text, source="measured") for text in processes.share(to_json(own))]
+    layers = (
+        dataclasses.replace(same[0], **{name: _mean_of(name, same) for name in _MEASURED})
+        for same in zip(*(costs.layers for costs in every), strict=True)
+    )
+    return dataclasses.replace(own, layers=tuple(layers), start_s=_mean_of("start_s", every))
+
+
+def _mean_of(name: str, owners: Sequence[Any]) -> float:
+    return statistics.fmean(getattr(owner, name) for owner in owners)
 
 
 def _load(path: str | PathLike[str]) -> Costs:

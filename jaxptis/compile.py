@@ -140,7 +140,7 @@ def build(analysis: Analysis, plan: Plan) -> Pipeline:
     """Cut what was analysed into the stages of a plan."""
     dump = analysis.dump
     dump.step("plan", plan.text())
-    timeline = simulate(plan, analysis.costs, analysis.cluster)
+    timeline = simulate(plan, analysis.costs, analysis.cluster, blocking=True)
     dump.step("timeline", timeline.text())
     stages = cut_stages(analysis.graph, plan.boundaries)
     dump.step("stages", stages.text())

@@ -9,6 +9,8 @@ import optax
 from flax import linen, nnx
 
 from jaxptis.cluster import Cluster
+from jaxptis.executor.compiled import Compiler
+from jaxptis.executor.measure_links import measure_links
 from jaxptis.flax_models import Loss, linen_loss, linen_recipe, nnx_recipe
 from jaxptis.options import CostsSource, Options, Strategy
 from jaxptis.pipelined import Pipelined
@@ -61,14 +63,15 @@ def pipeline(
         dropout key, is given whole to every microbatch), or a tree prefix of these.
       has_aux: whether the loss function also returns an auxiliary output. Of a leaf that grows
         with the batch the microbatches' parts are concatenated, of others the mean is taken.
-      cluster: what the devices can do; looked up by their kind if None.
+      cluster: what the devices can do; looked up by their kind if None. With measured costs, what
+        connects them is then measured, too.
       dump_to: folder for every form of the program on the way, as numbered text files.
       head_slices: parts of the vocabulary into which the matmul before a softmax cross-entropy is
         cut, each a layer of its own, so that several stages can share a large head. Of several
         heads, such as DeepSeek-V3's for the next token and the one after, the last is cut.
       costs: what the layers take, by which they are balanced: "estimated" from what XLA counts in
-        them; "measured", by running each kind of layer on the first device; a `jaxptis.Costs`; or
-        the path of a file that its `save` or a person wrote.
+        them; "measured", by running each kind of layer on the first device of every process; a
+        `jaxptis.Costs`; or the path of a file that its `save` or a person wrote.
 
     Raises:
       ValueError: an argument is out of range or of the wrong kind.
@@ -97,6 +100,8 @@ def pipeline(
                 "layers are balanced for equal ones; choose equal devices, or pass a cluster "
                 "that describes them alike"
             )
+        if cluster is None and costs == "measured":
+            known = measure_links(known, Compiler(chosen))
         return Options(
             num_microbatches=num_microbatches,
             devices=chosen,

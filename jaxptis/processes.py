@@ -74,6 +74,10 @@ class Processes:
         if self._run is not None:
             self._run.check_same(what, text)
 
+    def share(self, text: str) -> list[str]:
+        """Wait for the others, and return the texts of all processes, in order."""
+        return [text] if self._run is None else self._run.share(text)
+
     def wait_for_all(self) -> None:
         """Wait until the others are here."""
         if self._run is not None:
@@ -104,12 +108,16 @@ class _Run:
         name = f"jaxptis/meeting{next(self._meetings)}"
         self._client.wait_at_barrier(name, round(PATIENCE_S * 1e3))
 
-    def check_same(self, what: str, text: str) -> None:
+    def share(self, text: str) -> list[str]:
         folder = f"jaxptis/text{next(self._meetings)}"
-        self._set(f"{folder}/{self._me}", hashlib.sha256(text.encode()).hexdigest())
+        self._set(f"{folder}/{self._me}", text)
         self.wait_for_all()
-        digests = self._read(folder)
-        others = [p for p, digest in digests.items() if digest != digests[0]]
+        texts = self._read(folder)
+        return [texts[p] for p in range(self._count)]
+
+    def check_same(self, what: str, text: str) -> None:
+        digests = self.share(hashlib.sha256(text.encode()).hexdigest())
+        others = [p for p, digest in enumerate(digests) if digest != digests[0]]
         if others:
             raise ValueError(
                 f"the {what} of process 0 and of process {_listed(others)} differ; run the same "

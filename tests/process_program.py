@@ -3,6 +3,7 @@
 python -m experiments.launch --num_processes=4 -- tests.process_program --results_to=FOLDER
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,6 +21,10 @@ from absl import app, flags
 import jaxptis
 from experiments import distributed
 from jaxptis import processes
+from jaxptis.compile import analyse
+from jaxptis.executor.compiled import Compiler
+from jaxptis.executor.measure_links import measure_links
+from jaxptis.performance.costs_file import to_json
 from tests.noted import Noted
 from tests.random_plans import random_plan
 from tests.small_models import OUT, WIDTH, block, make_batch, make_params, normal
@@ -80,6 +85,8 @@ def run(devices, strategy, failure=None):
         read |= readable(metrics, f"step {i}")
     state, profile = step.profile(state, make_batch(seed=49), num_steps=1)
     read["profile"] = what_ran(profile)
+    if strategy == "1f1b":
+        read["measured"] = what_is_measured(pipelined, params, devices)
     read |= readable(state, "state")
     read["plan"] = str(pipelined.plan)
     read |= readable(step.evaluate(state, make_batch(seed=50)), "evaluation")
@@ -90,6 +97,22 @@ def run(devices, strategy, failure=None):
             read[f"stage {i}"] = stage.backward.as_text("stablehlo")
             read[f"flops of stage {i}"] = str(stage.backward.cost_analysis()["flops"])
     return read
+
+
+def what_is_measured(pipelined, params, devices):
+    """Return what is known, and see that all processes have measured the same of it."""
+    options = dataclasses.replace(pipelined.options, costs="measured")
+    costs = analyse(loss_fn, *types((params, make_batch())), options).costs
+    compiler = Compiler(devices)
+    cluster = measure_links(options.cluster, compiler)
+    compiler.processes.check_same("costs", to_json(costs))
+    compiler.processes.check_same("cluster", str(cluster))
+    assert all(link.latency_s > 0 for link in cluster.links.values())
+    return str([[layer.name for layer in costs.layers], *cluster.links])
+
+
+def types(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def what_ran(profile):

@@ -9,8 +9,10 @@ import pytest
 from flax import linen
 
 import jaxptis
+from jaxptis import choose_costs as choosing
 from jaxptis.performance import Costs, LayerCost
 from jaxptis.performance import measure as measuring
+from jaxptis.performance.costs_file import to_json
 from tests.small_models import OUT, WIDTH, assert_close, loss_fn, make_batch, make_params
 
 LAYERS = ("first", "blocks/0", "blocks/1", "head")
@@ -75,7 +77,7 @@ def test_measured_costs(monkeypatch):
     """The clock says that the programs of the head take a hundred times as long."""
 
     def seconds(programs):
-        empty, *others = programs
+        _, *others = programs
         return [[0.5] * 2, *([100.0 if is_head(each) else 1.0] * 2 for each in others)]
 
     def is_head(program):
@@ -133,10 +135,23 @@ def test_a_cost_file_that_is_wrong(tmp_path):
     refuse(path, r"costs\.json: forward_s of kind 'first' is -1; use finite seconds of 0 or more")
 
 
-def test_processes_do_not_measure_each_by_itself(monkeypatch):
-    from jaxptis.choose_costs import choose_costs
+def test_of_several_processes_the_means_are_taken():
+    own = replace(costs_of(1, 2, 3, 4), start_s=1.0, source="measured")
+    other = replace(costs_of(3, 2, 1, 0), start_s=2.0, source="measured")
 
-    analysis = compiled(costs_of(1, 1, 1, 1)).shown.pipeline.analysis
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"each of 2 processes would measure other .*; measure in"):
-        choose_costs(analysis.graph, replace(analysis.options, costs="measured"))
+    class Processes:
+        def share(self, text):
+            return [text, to_json(other)]
+
+    mean = choosing._mean(own, Processes())
+    assert mean == replace(costs_of(2, 2, 2, 2), start_s=1.5, source="measured")
+
+
+def test_with_measured_costs_the_links_are_measured(monkeypatch):
+    """Unless the user says what they are."""
+    monkeypatch.setattr(measuring, "ENOUGH_S", 0.0)
+    given = jaxptis.Cluster.of(jax.devices()[:2])
+    assert compiled("measured", cluster=given).options.cluster is given
+    found = compiled("measured").options.cluster
+    assert found.devices == given.devices and [*found.links] == [(0, 1), (1, 0)]
+    assert compiled(costs_of(1, 1, 1, 1)).options.cluster == given

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "jaxptis.executor": PLANNING | {"jaxptis.processes", "passes"},
     "jaxptis.options": PLANNING,
     "jaxptis.make_plan": PLANNING | {"jaxptis.options", "jaxptis.optimizer"},
-    "jaxptis.choose_costs": PLANNING | {"jaxptis.options", "passes"},
+    "jaxptis.choose_costs": PLANNING | {"jaxptis.options", "jaxptis.processes", "passes"},
     "jaxptis.microbatches": {"jaxptis.options", "jaxptis.executor"},
     "jaxptis.compile": {
         *PLANNING,

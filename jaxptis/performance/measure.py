@@ -37,6 +37,7 @@ def measure(
     *,
     state_bytes: Mapping[int, int] = MappingProxyType({}),
     track: Track = iter,
+    ready: Callable[[], None] = lambda: None,
 ) -> Costs:
     """Return the median seconds of the programs of each kind of layer, on random arrays.
 
@@ -48,6 +49,8 @@ def measure(
         device: one of `jax.local_devices()`.
         state_bytes: the optimizer's state of each parameter.
         track: goes through the kinds of layers.
+        ready: called when all is compiled, before anything is timed; waits for other processes that
+            measure at the same time.
 
     Raises:
         ValueError: the device belongs to another process.
@@ -57,6 +60,7 @@ def measure(
     kinds = kinds_of(layers)
     programs = [each for kind in track(kinds) for each in _prepare(kind, device)]
     in_turn = sorted(programs, key=_place)
+    ready()
     start_runs_s, *runs_s = _seconds([_empty(kinds, device), *in_turn])
     start_s = statistics.median(start_runs_s)
     seconds = dict(zip(in_turn, runs_s, strict=True))
