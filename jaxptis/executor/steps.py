@@ -160,10 +160,7 @@ def train_step(
 def stage_programs(pipeline: Pipeline, compiler: Compiler) -> dict[str, CompiledProgram]:
     """Return what the tasks run, by name, each compiled when it is looked at."""
     draft = _draft_gradient(pipeline, compiler)
-    homes = enumerate(param_copies(pipeline).homes)
-    sums = {(d, gradient_sum(p, d)) for p, devices in homes for d in devices}
-    kept = {*draft.inputs, *draft.constants, *sums}
-    donated = donated_inputs(draft.rows, draft.specs, kept)
+    donated = donated_inputs(draft.rows, draft.specs, {*draft.inputs, *draft.constants})
     names = [stage_program_name(s, kind) for s, kind in pipeline.programs]
     return {name: compiler.program(draft.specs[name], donated[name]) for name in names}
 
