@@ -115,14 +115,10 @@ def name_collectives(inspected: Inspected) -> str:
 
 
 def count(flops: float) -> str:
-    """Writes a number with three digits and the prefix that suits it.
-
-    >>> count(1.25e12), count(49_490_148), count(12), count(0)
-    ('1.25 T', '49.5 M', '12', '0')
-    """
-    for prefix, each in ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3):
-        if flops >= each:
-            return f"{flops / each:,.3g} {prefix}"
+    """Writes a number with three digits and the prefix that suits it."""
+    for prefix, each in ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3):
+        if flops >= each * 0.9995:  # what rounds to 1000 of a prefix is 1 of the next
+            return f"{flops / each:.3g} {prefix}"
     return f"{flops:.3g}"
 
 

@@ -6,6 +6,8 @@ import sys
 import jax
 import pytest
 
+from experiments.stage_hlo import count
+
 # The tiny LLaMA-2, with the layers embed, attention and mlp of each of four blocks, head.
 WIDTH, MLP_WIDTH, NUM_LAYERS = 128, 352, 10
 NUM_TOKENS = 16
@@ -63,6 +65,11 @@ def test_the_work_and_the_memory_of_a_stage(tmp_path):
         assert f"tensor<1x{NUM_TOKENS}x{WIDTH}xf32>" in text or text.startswith("HloModule jit_")
         assert f"<pre>{html.escape(text)}</pre>" in page
         assert text not in page
+
+
+def test_flops_are_written_with_a_prefix():
+    written = [count(flops) for flops in (0, 12, 1000, 999_700, 49_490_148, 1.25e12, 7.2e15)]
+    assert written == ["0", "12", "1 k", "1 M", "49.5 M", "1.25 T", "7.2 P"]
 
 
 def test_equal_stages_are_compiled_once(tmp_path):
