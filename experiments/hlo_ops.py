@@ -108,7 +108,7 @@ _Computation = dict[str, _Instruction]
 
 
 def read_ops(hlo: str) -> Ops:
-    """Return the ops of a program, given as `compiled.as_text()` returns it."""
+    """Returns the ops of a program, given as `compiled.as_text()` returns it."""
     computations, entry = _parse(hlo)
     times: Counter[str] = Counter()
     open_loops = _count_runs(computations, entry, 1, times)
@@ -124,7 +124,7 @@ def read_ops(hlo: str) -> Ops:
 
 
 def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
-    """Return the computations by name, and the name of the one that runs first."""
+    """Returns the computations by name, and the name of the one that runs first."""
     computations: dict[str, _Computation] = {}
     entry = name = ""
     for line in hlo.splitlines():
@@ -145,7 +145,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _split_at_end(text: str) -> tuple[str, str]:
-    """Split behind the operands, at the parenthesis that closes them."""
+    """Splits behind the operands, at the parenthesis that closes them."""
     depth = 1
     for index, each in enumerate(text):
         depth += (each == "(") - (each == ")")
@@ -161,7 +161,7 @@ def _names(text: str) -> list[str]:
 def _count_runs(
     computations: Mapping[str, _Computation], name: str, times: int, found: Counter[str]
 ) -> int:
-    """Add how often a computation, and those that it calls, run; returns the number of open loops.
+    """Adds how often a computation, and those that it calls, run; returns the number of open loops.
 
     What is inside of an op, such as a fusion or the sum of a reduction, is not run by itself.
     """
@@ -241,7 +241,7 @@ def _bytes(
 
 
 def _bytes_of_fusion(fusion: _Instruction, inside: _Computation) -> float:
-    """Return what is read of its parameters and written of its result."""
+    """Returns what is read of its parameters and written of its result."""
     total = 0.0
     for each in inside.values():
         if each.opcode == "parameter":
@@ -254,7 +254,7 @@ def _bytes_of_fusion(fusion: _Instruction, inside: _Computation) -> float:
 
 
 def _part_of(name: str, reader: _Instruction, inside: _Computation) -> float | None:
-    """Return how many bytes of a value are touched if only some are, or None."""
+    """Returns how many bytes of a value are touched if only some are, or None."""
     if reader.operands[0] != name or name in reader.operands[1:]:
         return None
     if reader.opcode in _SLICES:
@@ -265,7 +265,7 @@ def _part_of(name: str, reader: _Instruction, inside: _Computation) -> float | N
 
 
 def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the type and the sizes of each array in the text of a shape."""
+    """Returns the type and the sizes of each array in the text of a shape."""
     return [
         (dtype, tuple(int(n) for n in re.findall(r"\d+", sizes)))
         for dtype, sizes in _SHAPE.findall(text)

@@ -41,7 +41,7 @@ _NOTE = (
 
 
 def save_page(path: str, found: Sequence[Inspected], *, title: str) -> None:
-    """Write the page, which needs no other file, no network and no script."""
+    """Writes the page, which needs no other file, no network and no script."""
     policy = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     page = f"""<!doctype html>
 <html lang="en">
@@ -113,7 +113,7 @@ def _head(columns: Iterable[str]) -> str:
 
 
 def _row(cells: Iterable[tuple[str, str]]) -> str:
-    """Return a row of texts, each with the column that it is in."""
+    """Returns a row of texts, each with the column that it is in."""
     inside = (f"<td{_class(column)}>{html.escape(text)}</td>" for column, text in cells)
     return f"<tr>{''.join(inside)}</tr>"
 
