@@ -11,20 +11,18 @@ file is one that `jaxptis.pipeline(costs=...)` takes.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import optax
 from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from experiments.chosen_costs import OPTIMIZER, device_spec, make_optimizer
 from experiments.chosen_model import MODEL, SIZE
 from experiments.model_layers import layers_of
-from jaxptis.cluster import DEVICE_SPECS, DeviceSpec, kind_of
-from jaxptis.performance.calibrate import calibrate
 from jaxptis.performance.costs import Costs, LayerCost, TiedParams
 from jaxptis.performance.estimate import estimate
 from jaxptis.performance.measure import measure
@@ -32,13 +30,6 @@ from jaxptis.performance.optimizer_state import optimizer_state_bytes
 from models import MODELS
 from passes.layer_programs import layer_programs
 
-OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
-    "adafactor": lambda: optax.adafactor(1e-3),
-    "adamw": lambda: optax.adamw(1e-3),
-    "lion": lambda: optax.lion(1e-4),
-    "momentum": lambda: optax.sgd(1e-2, momentum=0.9),
-    "sgd": lambda: optax.sgd(1e-2),
-}
 SECONDS = {
     "F": "forward_s",
     "B": "backward_s",
@@ -71,14 +62,6 @@ DTYPE = flags.DEFINE_enum(
 SOURCE = flags.DEFINE_enum(
     "source", "estimated", ["estimated", "measured"], "Where the costs are from."
 )
-DEVICE = flags.DEFINE_enum(
-    "device",
-    None,
-    [kind for kind in DEVICE_SPECS if kind != "cpu"],
-    "The kind of device to estimate for; by default the one that is here, calibrated if nothing is "
-    "published of it.",
-)
-OPTIMIZER = flags.DEFINE_enum("optimizer", "adamw", sorted(OPTIMIZERS), "Whose state is counted.")
 JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the costs.")
 
 SETTINGS = (MODEL, SIZE, SEQ_LEN, MICROBATCH_SIZE, OPTIMIZER)
@@ -122,8 +105,7 @@ def find_costs(console: Console) -> tuple[Costs, dict[str, dict[str, float]]]:
             model, config, microbatch_size=MICROBATCH_SIZE.value, sequence_length=SEQ_LEN.value
         )
         layers = layer_programs(graph)
-        optimizer = model.steer(OPTIMIZERS[OPTIMIZER.value]())
-        state_bytes = optimizer_state_bytes(graph.program, params, optimizer)
+        state_bytes = optimizer_state_bytes(graph.program, params, make_optimizer(model))
     dtype = jax.numpy.dtype(config.dtype)
     bar = functools.partial(track, console=console, transient=True)
     estimated = estimate(
@@ -144,17 +126,6 @@ def find_costs(console: Console) -> tuple[Costs, dict[str, dict[str, float]]]:
     ratios = compare(estimated, measured)
     settings |= {**measured.settings, "estimated_over_measured": ratios}
     return dataclasses.replace(measured, settings=settings), ratios
-
-
-def device_spec(dtype: Any) -> DeviceSpec:
-    """Returns what is known of --device, or of the device that is here."""
-    if DEVICE.value is not None:
-        return DEVICE_SPECS[DEVICE.value]
-    device = jax.devices()[0]
-    kind = kind_of(device)
-    return (
-        DEVICE_SPECS[kind] if kind != "cpu" and kind in DEVICE_SPECS else calibrate(device, dtype)
-    )
 
 
 def compare(estimated: Costs, measured: Costs) -> dict[str, dict[str, float]]:

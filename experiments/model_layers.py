@@ -1,4 +1,4 @@
-"""The layers of a model, of any size: nothing of it is allocated."""
+"""The loss and the layers of a model, of any size: nothing of it is allocated."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -14,6 +14,28 @@ from passes.runner import Dump, run
 from passes.trace import trace
 
 
+def loss_of(
+    model: Model, config: Any, *, batch_size: int, sequence_length: int
+) -> tuple[Callable[..., Any], Any, Any]:
+    """Returns the loss, with what is logged beside it, and the types of parameters and batch.
+
+    Args:
+        model: the family.
+        config: which of the family.
+        batch_size: sequences.
+        sequence_length: tokens predicted in each.
+    """
+    module, loss = model.module(config), model.loss(config)
+    apply: Callable[..., Any] = module.apply
+
+    def loss_fn(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return loss(functools.partial(apply, {"params": params}), batch)
+
+    tokens = jax.ShapeDtypeStruct((batch_size, sequence_length + 1), jnp.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+    return loss_fn, params, {"tokens": tokens}
+
+
 def layers_of(
     model: Model, config: Any, *, microbatch_size: int, sequence_length: int
 ) -> tuple[LayerGraph, Any]:
@@ -25,13 +47,8 @@ def layers_of(
         microbatch_size: sequences.
         sequence_length: tokens predicted in each.
     """
-    module, loss = model.module(config), model.loss(config)
-    apply: Callable[..., Any] = module.apply
-
-    def loss_fn(params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return loss(functools.partial(apply, {"params": params}), batch)
-
-    tokens = jax.ShapeDtypeStruct((microbatch_size, sequence_length + 1), jnp.int32)
-    params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
-    program, _ = trace(loss_fn, params, {"tokens": tokens}, has_aux=True)
+    loss_fn, params, batch = loss_of(
+        model, config, batch_size=microbatch_size, sequence_length=sequence_length
+    )
+    program, _ = trace(loss_fn, params, batch, has_aux=True)
     return find_layers(run(program, PROGRAM_PASSES, Dump(None))), params

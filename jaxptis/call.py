@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import gc
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,12 @@ class CompiledStage:
     backward: CompiledProgram | None
     input_grad: CompiledProgram | None
     weight_grad: CompiledProgram | None
+
+    @property
+    def programs(self) -> dict[str, CompiledProgram]:
+        """Those that it has, by kind of task: F, B, I, W."""
+        named = {"F": self.forward, "B": self.backward, "I": self.input_grad, "W": self.weight_grad}
+        return {kind: program for kind, program in named.items() if program is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +146,13 @@ class Compiled:
 
     def stages(self) -> tuple[CompiledStage, ...]:
         """Return the stages of the step used last."""
-        programs = (self.used or self.gradient_step).executable.programs
+        return self._stages((self.used or self.gradient_step).executable.programs)
+
+    def uncompiled_stages(self) -> tuple[CompiledStage, ...]:
+        """Return the stages, each of whose programs is compiled when it is looked at."""
+        return self._stages(steps.stage_programs(self.pipeline, self._compiler))
+
+    def _stages(self, programs: Mapping[str, CompiledProgram]) -> tuple[CompiledStage, ...]:
         return tuple(
             CompiledStage(
                 layers=stage.layers,

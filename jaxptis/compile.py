@@ -99,7 +99,13 @@ def compile_pipeline(
     layers = tuple(layer.name for layer in analysis.graph.layers)
     if previous is not None and previous.layers == layers:
         return build(analysis, previous)
-    return build(analysis, make_plan(layers, analysis.costs, options))
+    plan = make_plan(
+        analysis.costs,
+        options.strategy,
+        num_devices=len(options.devices),
+        num_microbatches=options.num_microbatches,
+    )
+    return build(analysis, plan)
 
 
 def analyse(

@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from jaxptis.optimizer import balance
-from jaxptis.options import Options
+from jaxptis.options import Strategy
 from jaxptis.performance import Costs
 from jaxptis.plan import Plan, Schedule, StagePlan, schedule_from_csv
 from jaxptis.plan.csv import placement_of
@@ -21,25 +21,26 @@ from jaxptis.schedules import (
 )
 
 
-def make_plan(layers: Sequence[str], costs: Costs, options: Options) -> Plan:
-    """Make or check the plan for layers of these names.
+def make_plan(costs: Costs, strategy: Strategy, *, num_devices: int, num_microbatches: int) -> Plan:
+    """Make or check the plan for the layers that the costs are of.
 
     Raises:
       ValueError: the strategy is not known, or the plan does not fit the model or the devices.
     """
-    strategy = options.strategy
+    layers = tuple(cost.name for cost in costs.layers)
     if isinstance(strategy, str) and names_family(strategy):
-        return _named_plan(strategy, layers, costs, options)
+        return _named_plan(strategy, layers, costs, num_devices, num_microbatches)
     if not isinstance(strategy, Plan) and str(strategy).endswith(".csv"):
         plan = _csv_plan(strategy, layers, costs)
     else:
         plan = strategy if isinstance(strategy, Plan) else _load_plan(strategy)
-    _check_plan(plan, layers, options)
+    _check_plan(plan, layers, num_devices=num_devices, num_microbatches=num_microbatches)
     return plan
 
 
-def _named_plan(strategy: str, layers: Sequence[str], costs: Costs, options: Options) -> Plan:
-    num_devices = len(options.devices)
+def _named_plan(
+    strategy: str, layers: Sequence[str], costs: Costs, num_devices: int, num_microbatches: int
+) -> Plan:
     check_fills_stages(strategy, num_devices=num_devices, num_layers=len(layers))
     devices = placement(strategy, num_devices=num_devices)
     edges = _balance(costs, len(devices))
@@ -47,7 +48,7 @@ def _named_plan(strategy: str, layers: Sequence[str], costs: Costs, options: Opt
     rows = schedule(
         strategy,
         num_devices=num_devices,
-        num_microbatches=options.num_microbatches,
+        num_microbatches=num_microbatches,
         costs=StageCosts(
             forward_s=tuple(costs.task_s(each, "F") for each in ranges),
             backward_s=tuple(costs.task_s(each, "B") for each in ranges),
@@ -106,7 +107,9 @@ def _load_plan(strategy: str | PathLike[str]) -> Plan:
         ) from error
 
 
-def _check_plan(plan: Plan, layers: Sequence[str], options: Options) -> None:
+def _check_plan(
+    plan: Plan, layers: Sequence[str], *, num_devices: int, num_microbatches: int
+) -> None:
     for index, (planned, found) in enumerate(zip_longest(plan.layers, layers)):
         if planned != found:
             raise ValueError(
@@ -114,14 +117,14 @@ def _check_plan(plan: Plan, layers: Sequence[str], options: Options) -> None:
                 f"{found!r} (the plan has {len(plan.layers)} layers, the model {len(layers)}); "
                 "use a plan of this model"
             )
-    if plan.num_microbatches != options.num_microbatches:
+    if plan.num_microbatches != num_microbatches:
         raise ValueError(
             f"the plan has {plan.num_microbatches} microbatches, but num_microbatches is "
-            f"{options.num_microbatches}; make them equal"
+            f"{num_microbatches}; make them equal"
         )
-    if plan.num_devices > len(options.devices):
+    if plan.num_devices > num_devices:
         raise ValueError(
-            f"the plan needs {plan.num_devices} devices, but {len(options.devices)} are given; "
+            f"the plan needs {plan.num_devices} devices, but {num_devices} are given; "
             "pass more devices or use another plan"
         )
     if all(task.kind == "F" for row in plan.schedule for task in row):

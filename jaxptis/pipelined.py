@@ -76,6 +76,15 @@ class Pipelined:
         self.shown.stages()
         return self
 
+    def lower(self, params: Any, batch: Any) -> tuple[CompiledStage, ...]:
+        """Plan for arguments of these types, and return the stages of the gradient.
+
+        Each of their programs is compiled when it is looked at, for those who want few of a large
+        model.
+        """
+        self.shown = self._call(params, batch).compiled
+        return self.shown.uncompiled_stages()
+
     @property
     def plan(self) -> Plan:
         """Partition, placement and schedule of the step used last."""

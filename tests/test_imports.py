@@ -47,6 +47,7 @@ JAX_FREE = (
     "jaxptis.plan",
     "jaxptis.schedules",
     "jaxptis.optimizer",
+    "jaxptis.make_plan",
     "jaxptis.pictures",
     "jaxptis.performance.simulate",
     "jaxptis.performance.costs",

@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-import jax
 import pytest
 
-from jaxptis.cluster import Cluster
 from jaxptis.make_plan import make_plan
-from jaxptis.options import Options
 from jaxptis.performance import Costs, LayerCost, simulate
 from jaxptis.plan import schedule_to_csv
 from jaxptis.schedules import FAMILIES, placement, schedule
@@ -22,17 +19,8 @@ COSTS = Costs(
 
 
 def _make(strategy, num_layers=12, num_devices=2, num_microbatches=4):
-    devices = tuple(jax.devices()[:num_devices])
-    options = Options(
-        num_microbatches=num_microbatches,
-        devices=devices,
-        strategy=strategy,
-        batch_axes=0,
-        has_aux=False,
-        cluster=Cluster.of(devices),
-        dump_to=None,
-    )
-    return make_plan(LAYERS[:num_layers], Costs(COSTS.layers[:num_layers]), options)
+    costs = Costs(COSTS.layers[:num_layers])
+    return make_plan(costs, strategy, num_devices=num_devices, num_microbatches=num_microbatches)
 
 
 @pytest.mark.parametrize("strategy", [*FAMILIES, "interleaved(v=3)", "list(stages_per_device=2)"])

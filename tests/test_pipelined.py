@@ -573,3 +573,35 @@ def test_scalars_take_the_dtype_of_what_they_meet():
         want = jax.value_and_grad(loss)({**params, "scale": scale}, batch)
         assert got[0].dtype == want[0].dtype
         assert_close(got[1]["kernels"], want[1]["kernels"], rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_microbatches"),
+    [("1f1b", 4), ("zb-v", 4), ("1f1b", 1)],  # of one microbatch each task is the last that reads
+)
+def test_lowered_stages_are_those_that_run(strategy, num_microbatches, lenient):
+    """With the same inputs donated, in a training step, too; nothing is compiled for them."""
+    types = jax.eval_shape(lambda: (make_params(), make_batch()))
+    pipelined = make_pipelined(strategy=strategy, num_microbatches=num_microbatches)
+    lowered = pipelined.lower(*types)
+    assert pipelined.num_compilations == 0
+    texts = [
+        {kind: program.as_text("stablehlo") for kind, program in stage.programs.items()}
+        for stage in lowered
+    ]
+    kinds = {task.kind for row in pipelined.plan.schedule for task in row}
+    assert {kind for stage in texts for kind in stage} == kinds
+    assert any("tf.aliasing_output" in text for stage in texts for text in stage.values())
+
+    def compiled():
+        return [
+            {kind: program.as_text("stablehlo") for kind, program in stage.programs.items()}
+            for stage in pipelined.stages
+        ]
+
+    pipelined.compile(*types)
+    assert compiled() == texts
+    params, batch = make_params(), make_batch()
+    step = pipelined.train_step(optax.sgd(0.1))
+    step(step.init(params, batch), batch)
+    assert compiled() == texts

@@ -90,12 +90,12 @@ class Model:
         return Compiler(jax.devices()[:DEVICES])
 
     def plan(self, strategy, num_devices):
-        analysis = self.analysis
-        options = dataclasses.replace(
-            analysis.options, strategy=strategy, devices=analysis.options.devices[:num_devices]
+        return make_plan(
+            self.analysis.costs,
+            strategy,
+            num_devices=num_devices,
+            num_microbatches=NUM_MICROBATCHES,
         )
-        layers = [layer.name for layer in analysis.graph.layers]
-        return make_plan(layers, analysis.costs, options)
 
     def check(self, plan):
         """Compare twice, with other weights and data: nothing of the first call may stay."""

@@ -88,6 +88,10 @@ class Compiler:
         programs = {id(p.compiled) for p in self._programs.values()}
         return len(programs) + len(self._exchanges)
 
+    def program(self, spec: ProgramSpec, donated: tuple[int, ...]) -> CompiledProgram:
+        """Return a program that is compiled when it is looked at; see `programs`."""
+        return CompiledProgram(spec, functools.partial(self._lower, spec, donated))
+
     def programs(
         self, specs: Mapping[str, ProgramSpec], donated: Mapping[str, tuple[int, ...]]
     ) -> dict[str, CompiledProgram]:
@@ -97,10 +101,7 @@ class Compiler:
           specs: the programs.
           donated: for each the positions of inputs that XLA may overwrite.
         """
-        programs = {
-            name: CompiledProgram(spec, functools.partial(self._lower, spec, donated[name]))
-            for name, spec in specs.items()
-        }
+        programs = {name: self.program(spec, donated[name]) for name, spec in specs.items()}
         keys = {
             name: (programs[name].lowered.as_text(), spec.device, donated[name])
             for name, spec in specs.items()

@@ -249,6 +249,19 @@ def _donated(steps: Sequence[Step], specs: Mapping[str, ProgramSpec]) -> dict[st
     return {name: donations(spec, sorted(consumed[name])) for name, spec in specs.items()}
 
 
+def donated_inputs(
+    rows: Rows, specs: Mapping[str, ProgramSpec], kept: Iterable[Buffer]
+) -> dict[str, tuple[int, ...]]:
+    """Return for each program of a step the positions of the inputs that XLA may overwrite.
+
+    Args:
+      rows: the instruction lists.
+      specs: the programs that they name.
+      kept: the buffers that are needed when the step is over.
+    """
+    return _donated(in_one_order(rows.free(_per_device(rows, kept))), specs)
+
+
 def _text(devices: Sequence[Any], rows: Rows, types: Mapping[Buffer, Aval]) -> str:
     buffers = (f"{buffer} {aval.dtype} {aval.shape}" for buffer, aval in types.items())
     return "\n".join([*map(str, devices), rows.text(), *buffers])

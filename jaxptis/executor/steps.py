@@ -11,10 +11,10 @@ import numpy as np
 import optax
 
 from jaxptis.cluster import Cluster
-from jaxptis.executor.compiled import Compiler
+from jaxptis.executor.compiled import CompiledProgram, Compiler
 from jaxptis.executor.draft import Copies, Draft, Homes
 from jaxptis.executor.emit_tasks import emit_tasks
-from jaxptis.executor.executable import Buffer, Executable
+from jaxptis.executor.executable import Buffer, Executable, donated_inputs
 from jaxptis.executor.holdings import (
     Pipeline,
     batch_copies,
@@ -155,6 +155,14 @@ def train_step(
     results = _share_results(draft, pipeline, compiler)
     executable = draft.executable(compiler, "a training step", [*results, *outputs], consumed)
     return executable, state, pieces
+
+
+def stage_programs(pipeline: Pipeline, compiler: Compiler) -> dict[str, CompiledProgram]:
+    """Return what the tasks run, by name, each compiled when it is looked at."""
+    draft = _draft_gradient(pipeline, compiler)
+    donated = donated_inputs(draft.rows, draft.specs, {*draft.inputs, *draft.constants})
+    names = [stage_program_name(s, kind) for s, kind in pipeline.programs]
+    return {name: compiler.program(draft.specs[name], donated[name]) for name in names}
 
 
 def _update(
