@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxptis.executor.programs import Aval, ProgramSpec
 from jaxptis.executor.transfer import Exchange, Route
 from jaxptis.processes import Processes, is_local
+from passes import jaxprs
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class CompiledProgram:
 
     spec: ProgramSpec
     _lower: Callable[[], Any]
+    _options: Mapping[str, Any]
 
     @functools.cached_property
     def lowered(self) -> Any:
@@ -33,7 +35,7 @@ class CompiledProgram:
     @functools.cached_property
     def compiled(self) -> Any:
         """What XLA made of it, which can be called."""
-        return self.lowered.compile()
+        return self.lowered.compile(compiler_options=dict(self._options))
 
     def as_text(self, form: str) -> str:
         """Return the program as "jaxpr", as "stablehlo", or as "hlo" (what XLA made of it).
@@ -97,8 +99,11 @@ class Compiler:
           specs: the programs.
           donated: for each the positions of inputs that XLA may overwrite.
         """
+        options = jaxprs.least_memory(self.devices[0].platform)
         programs = {
-            name: CompiledProgram(spec, functools.partial(self._lower, spec, donated[name]))
+            name: CompiledProgram(
+                spec, functools.partial(self._lower, spec, donated[name]), options
+            )
             for name, spec in specs.items()
         }
         keys = {

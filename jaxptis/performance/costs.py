@@ -34,6 +34,8 @@ class LayerCost:
         saved_all_bytes: likewise, in a stage that recomputes nothing.
         kept_bytes: all that lasts from I to W: what I keeps, and what W reads of what was saved, of
             the input and of the gradient that came.
+        made_bytes: how much more there is while I runs: what it keeps and the gradient of the
+            input, as far as they do not take the place of something that W does not read.
         param_bytes: of the parameters that no other layer reads.
         grad_bytes: of the sums of their gradients.
         state_bytes: of the optimizer's state of them.
@@ -55,6 +57,7 @@ class LayerCost:
     saved_bytes: int = 0
     saved_all_bytes: int = 0
     kept_bytes: int = 0
+    made_bytes: int = 0
     param_bytes: int = 0
     grad_bytes: int = 0
     state_bytes: int = 0

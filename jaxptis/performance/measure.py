@@ -84,7 +84,7 @@ def _measure_kind(kind: LayerKind, device: Any, start_s: float) -> KindCost:
         for operand, v in zip(program.reads, program.jaxpr.invars, strict=True):
             if operand not in values:
                 values[operand] = jax.device_put(_value(operand, v.aval, kind), device)
-        running = _Running(program, values)
+        running = _Running(program, values, device.platform)
         runs_s = _seconds(running)
         median_s = statistics.median(runs_s)
         first_s, _, third_s = statistics.quantiles(runs_s, n=4, method="inclusive")
@@ -97,7 +97,9 @@ def _measure_kind(kind: LayerKind, device: Any, start_s: float) -> KindCost:
 class _Running:
     """A compiled program and its arguments; the sums of gradients are those of the run before."""
 
-    def __init__(self, program: StageProgram, values: dict[Operand, Any]) -> None:
+    def __init__(
+        self, program: StageProgram, values: dict[Operand, Any], platform: str
+    ) -> None:
         """Take arguments from `values`, in which results replace what is consumed."""
         self._program, self._values = program, values
         sums = [k for k, x in enumerate(program.reads) if x.role == Role.SUM]
@@ -106,7 +108,9 @@ class _Running:
             return jaxprs.evaluate(program.jaxpr, args)
 
         jitted = jax.jit(layer, donate_argnums=sums)
-        self._compiled = jitted.lower(*[values[x] for x in program.reads]).compile()
+        lowered = jitted.lower(*[values[x] for x in program.reads])
+        options = jaxprs.least_memory(platform)
+        self._compiled = lowered.compile(compiler_options=options)
 
     def __call__(self) -> list[Any]:
         results = self._compiled(*[self._values[x] for x in self._program.reads])

@@ -2,8 +2,9 @@
 
 Parameters, the sums of their gradients and the optimizer's state last for the whole step. What a
 forward saves, and what it makes for the next stage, is there from the start of the forward on; what
-I keeps for W from the start of I. The gradient that a B or I makes takes the place of the stage's
-input, which dies with it, as does what was saved. A result for another device stays until its
+I makes for W from the start of I, and from its end on only what W reads is left. The gradient that
+a B makes takes the place of the stage's input, which dies with it, as does what was saved. The
+first stage has no input gradient: its I does nothing, and its W is a whole backward. A result for another device stays until its
 transfer is over, and is on the other device from the start of the transfer on: an input until its B
 or I is over, a gradient until the task that reads it is. The input of the first stage is the batch,
 and is not counted. While a task runs, it has its temporaries; where a stage recomputes all, what is
@@ -118,9 +119,18 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
         saved = costs.saved_bytes(ranges[stage], recompute) if trains else 0
         again = costs.saved_bytes(ranges[stage], "cheap") if recompute == "all" else 0
         kept = sum(layer.kept_bytes for layer in layers)
+        made_by_i = sum(layer.made_bytes for layer in layers)
         most = max(layer.temporary_bytes for layer in layers)
         stays = home[stage + 1 : stage + 2] == [home[stage]]
         back = _Change(saved=-saved - read, transfers=read - made, temporaries=-most - again)
+        whole = _Change(temporaries=most + again), back
+        split = {
+            "I": (
+                _Change(kept=made_by_i, temporaries=most + again),
+                back._replace(kept=kept - made_by_i),
+            ),
+            "W": (_Change(temporaries=most), _Change(kept=-kept, temporaries=-most)),
+        }
         return {
             "F": (
                 _Change(
@@ -130,9 +140,8 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
                 ),
                 _Change(saved=0 if trains else -read, temporaries=-most),
             ),
-            "B": (_Change(temporaries=most + again), back),
-            "I": (_Change(kept=kept, temporaries=most + again), back),
-            "W": (_Change(temporaries=most), _Change(kept=-kept, temporaries=-most)),
+            "B": whole,
+            **(split if stage else {"I": (_Change(), _Change()), "W": whole}),
         }
 
     return [of_stage(stage) for stage in range(plan.num_stages)]
