@@ -123,7 +123,9 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
         most = max(layer.temporary_bytes for layer in layers)
         stays = home[stage + 1 : stage + 2] == [home[stage]]
         back = _Change(saved=-saved - read, transfers=read - made, temporaries=-most - again)
-        whole = _Change(temporaries=most + again), back
+        of_whole = made_by_i + again
+        of_whole += max(layer.temporary_bytes - layer.made_bytes for layer in layers)
+        whole = _Change(temporaries=of_whole), back._replace(temporaries=-of_whole)
         split = {
             "I": (
                 _Change(kept=made_by_i, temporaries=most + again),
