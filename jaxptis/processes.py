@@ -74,10 +74,9 @@ class Processes:
         if self._run is not None:
             self._run.check_same(what, text)
 
-    def wait_for_all(self) -> None:
-        """Wait until the others are here."""
-        if self._run is not None:
-            self._run.wait_for_all()
+    def tell_all(self, text: str) -> list[str]:
+        """Wait until the others are here, and return what each has to tell."""
+        return [text] if self._run is None else self._run.tell_all(text)
 
 
 class _Run:
@@ -104,12 +103,16 @@ class _Run:
         name = f"jaxptis/meeting{next(self._meetings)}"
         self._client.wait_at_barrier(name, round(PATIENCE_S * 1e3))
 
-    def check_same(self, what: str, text: str) -> None:
+    def tell_all(self, text: str) -> list[str]:
         folder = f"jaxptis/text{next(self._meetings)}"
-        self._set(f"{folder}/{self._me}", hashlib.sha256(text.encode()).hexdigest())
+        self._set(f"{folder}/{self._me}", text)
         self.wait_for_all()
-        digests = self._read(folder)
-        others = [p for p, digest in digests.items() if digest != digests[0]]
+        told = self._read(folder)
+        return [told[p] for p in sorted(told)]
+
+    def check_same(self, what: str, text: str) -> None:
+        digests = self.tell_all(hashlib.sha256(text.encode()).hexdigest())
+        others = [p for p, digest in enumerate(digests) if digest != digests[0]]
         if others:
             raise ValueError(
                 f"the {what} of process 0 and of process {_listed(others)} differ; run the same "

@@ -56,6 +56,12 @@ class CompiledProgram:
         """Return XLA's counts, among them `flops` and `bytes accessed`."""
         return self.compiled.cost_analysis()
 
+    @property
+    def temporary_bytes(self) -> int:
+        """What it needs beside its inputs and results."""
+        memory = self.memory_analysis()
+        return memory.temp_size_in_bytes if memory else 0
+
     def memory_analysis(self) -> Any:
         """Return XLA's sizes of arguments, results and temporaries, in bytes."""
         return self.compiled.memory_analysis()

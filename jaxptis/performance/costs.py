@@ -74,6 +74,8 @@ class LayerCost:
 class TiedParams:
     """Parameters that several layers read, such as a tied embedding: once on each of their devices.
 
+    The optimizer's state of them is on the device of the first layer alone.
+
     Attributes:
         layers: the names of the layers.
         param_bytes: of the parameters.

@@ -97,9 +97,7 @@ def _measure_kind(kind: LayerKind, device: Any, start_s: float) -> KindCost:
 class _Running:
     """A compiled program and its arguments; the sums of gradients are those of the run before."""
 
-    def __init__(
-        self, program: StageProgram, values: dict[Operand, Any], platform: str
-    ) -> None:
+    def __init__(self, program: StageProgram, values: dict[Operand, Any], platform: str) -> None:
         """Take arguments from `values`, in which results replace what is consumed."""
         self._program, self._values = program, values
         sums = [k for k, x in enumerate(program.reads) if x.role == Role.SUM]

@@ -4,16 +4,16 @@ Parameters, the sums of their gradients and the optimizer's state last for the w
 forward saves, and what it makes for the next stage, is there from the start of the forward on; what
 I makes for W from the start of I, and from its end on only what W reads is left. The gradient that
 a B makes takes the place of the stage's input, which dies with it, as does what was saved. The
-first stage has no input gradient: its I does nothing, and its W is a whole backward. A result for another device stays until its
-transfer is over, and is on the other device from the start of the transfer on: an input until its B
-or I is over, a gradient until the task that reads it is. The input of the first stage is the batch,
-and is not counted. While a task runs, it has its temporaries; where a stage recomputes all, what is
-saved otherwise is a temporary of the backward.
+first stage has no input gradient: its I does nothing, and its W is a whole backward. A result for
+another device stays until its transfer is over, and is on the other device from the start of the
+transfer on: an input until its B or I is over, a gradient until the task that reads it is. The
+input of the first stage is the batch, and is not counted. While a task runs, it has its
+temporaries; where a stage recomputes all, what is saved otherwise is a temporary of the backward.
 """
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -150,11 +150,14 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
 
 
 def _lasting(plan: Plan, costs: Costs, trains: bool) -> list[dict[str, int]]:
-    """Return what each device holds for the whole step; what layers share, it holds once."""
+    """Return what each device holds for the whole step; what layers share, it holds once.
+
+    The optimizer's state of what they share is on the device of the first of them.
+    """
     home = {name: stage.device for stage in plan.stages for name in stage.layers}
-    held: list[tuple[set[int], LayerCost | TiedParams]] = [
-        *(({home[layer.name]}, layer) for layer in costs.layers),
-        *(({home[name] for name in tied.layers}, tied) for tied in costs.tied),
+    held: list[tuple[Iterable[int], LayerCost | TiedParams]] = [
+        *(([home[layer.name]], layer) for layer in costs.layers),
+        *((dict.fromkeys(home[name] for name in tied.layers), tied) for tied in costs.tied),
     ]
     lasting = [
         {"parameters": 0, "gradients": 0, "optimizer state": 0} for _ in range(plan.num_devices)
@@ -163,5 +166,6 @@ def _lasting(plan: Plan, costs: Costs, trains: bool) -> list[dict[str, int]]:
         for device in devices:
             lasting[device]["parameters"] += owner.param_bytes
             lasting[device]["gradients"] += owner.grad_bytes * trains
+        for device in list(devices)[:1]:
             lasting[device]["optimizer state"] += owner.state_bytes * trains
     return lasting

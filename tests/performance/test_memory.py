@@ -201,8 +201,11 @@ class Holds:
         return next(stage.device for stage in self.step.plan.stages if name in stage.layers)
 
     def backward(self, stage: int, microbatch: int) -> Span:
-        """Return the B or I that a forward is followed by; the forward, where nothing trains."""
-        tasks = (Task(stage, kind, microbatch) for kind in "BIF")
+        """Return the backward that frees what a forward saves; the forward, where nothing trains.
+
+        That is B or I; of the first stage, which has no input gradient, B or W.
+        """
+        tasks = (Task(stage, kind, microbatch) for kind in ("BIF" if stage else "BWF"))
         return next(self.spans[task] for task in tasks if task in self.spans)
 
     def note(self, task: Task) -> None:
@@ -211,20 +214,34 @@ class Holds:
         start, end = self.spans[task].start_s, self.spans[task].end_s
         recompute = self.step.plan.stages[s].recompute
         held = self.of[self.home[s]]
-        most = max(each.temporary_bytes for each in self.layers(s))
-        held.append((start, end, "temporaries", most))
-        if task.kind in "BI" and recompute == "all":
+        if task.kind == "I" and s == 0:
+            return  # the first stage has no input gradient
+        held.append((start, end, "temporaries", self.temporaries(task)))
+        whole = task.kind == "B" or (task.kind == "W" and s == 0)
+        if (whole or task.kind == "I") and recompute == "all":
             held.append((start, end, "temporaries", self.saved(s, "cheap")))
         if task.kind == "F" and self.trains and recompute != "all":
             until = self.backward(s, m).end_s
             held.append((start, until, "saved", self.saved(s, recompute)))
         if task.kind == "I":
+            made = sum(each.made_bytes for each in self.layers(s))
+            held.append((start, end, "kept", made))
             kept = sum(each.kept_bytes for each in self.layers(s))
-            held.append((start, self.spans[Task(s, "W", m)].end_s, "kept", kept))
+            held.append((end, self.spans[Task(s, "W", m)].end_s, "kept", kept))
         if task.kind == "F" and s + 1 < len(self.home):
             self.hand_on(task, s + 1, start, "saved", self.crossing(s + 1))
         if task.kind in "BI" and s:
             self.hand_on(task, s - 1, end, "transfers", self.crossing(s))
+
+    def temporaries(self, task: Task) -> int:
+        """Return those of the layer that has most, when the others hold what I makes."""
+        layers = self.layers(task.stage)
+        if task.kind == "B" or (task.kind == "W" and task.stage == 0):
+            return max(
+                here.temporary_bytes + sum(each.made_bytes for each in layers if each is not here)
+                for here in layers
+            )
+        return max(each.temporary_bytes for each in layers)
 
     def hand_on(self, task: Task, reader: int, start: float, part: str, num_bytes: int) -> None:
         """List a result: until it is sent, and where it is read until it has been."""
@@ -285,7 +302,7 @@ def proven(plan: Plan, costs: Costs, cluster: Cluster) -> tuple[int, ...]:
             nbytes[f"kept{s}.{m}"] = sum(each.kept_bytes for each in costs.layers[start:end])
             nbytes[f"x{s - 1}.{m}"] = nbytes[f"d{s}.{m}"] = costs.layers[start].input_bytes
     lasting = [{f"lasting{at}"} for at in range(plan.num_devices)]
-    return prove(
+    accounts = prove(
         emitted(plan, costs, cluster).free(lasting),
         given=lasting,
         held=lasting,
@@ -296,3 +313,4 @@ def proven(plan: Plan, costs: Costs, cluster: Cluster) -> tuple[int, ...]:
             if kind in "BI" and s
         },
     )
+    return tuple(each.peak_bytes for each in accounts)
