@@ -162,7 +162,7 @@ def test_sums_of_gradients_are_consumed_and_grow():
         )
     )
     assert len(sums) == 2 and not any(x.any() for x in sums.values())
-    running = measuring._Running(program, values)
+    running = measuring._Running(program, values, "cpu")
     for _ in range(3):
         running()
     for operand, x in sums.items():
