@@ -123,8 +123,7 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
         most = max(layer.temporary_bytes for layer in layers)
         stays = home[stage + 1 : stage + 2] == [home[stage]]
         back = _Change(saved=-saved - read, transfers=read - made, temporaries=-most - again)
-        of_whole = made_by_i + again
-        of_whole += max(layer.temporary_bytes - layer.made_bytes for layer in layers)
+        of_whole = again + _most_of_whole(layers)
         whole = _Change(temporaries=of_whole), back._replace(temporaries=-of_whole)
         split = {
             "I": (
@@ -147,6 +146,17 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
         }
 
     return [of_stage(stage) for stage in range(plan.num_stages)]
+
+
+def _most_of_whole(layers: Sequence[LayerCost]) -> int:
+    """Return the most temporaries of a whole backward, which starts at the last layer.
+
+    XLA leaves weight gradients to the end, and so holds for them what I of each layer would keep.
+    """
+    made = accumulate((layer.made_bytes for layer in reversed(layers)), initial=0)
+    return max(
+        layer.temporary_bytes + held for layer, held in zip(reversed(layers), made, strict=False)
+    )
 
 
 def _lasting(plan: Plan, costs: Costs, trains: bool) -> list[dict[str, int]]:

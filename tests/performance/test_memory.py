@@ -248,11 +248,11 @@ class Holds:
 
 
 def temporaries(layers: list[LayerCost], task: Task) -> int:
-    """Return those of the layer that has most, in a whole backward while the others hold theirs."""
+    """Return those of a layer, in a whole backward with what later layers hold; the most of all."""
     if task.kind == "B" or (task.kind == "W" and task.stage == 0):
         return max(
-            here.temporary_bytes + sum(each.made_bytes for each in layers if each is not here)
-            for here in layers
+            here.temporary_bytes + sum(each.made_bytes for each in layers[i + 1 :])
+            for i, here in enumerate(layers)
         )
     does_nothing = task.kind == "I" and task.stage == 0
     return 0 if does_nothing else max(each.temporary_bytes for each in layers)
