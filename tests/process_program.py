@@ -80,6 +80,7 @@ def run(devices, strategy, failure=None):
         read |= readable(metrics, f"step {i}")
     state, profile = step.profile(state, make_batch(seed=49), num_steps=1)
     read["profile"] = what_ran(profile)
+    read["memory"] = str(pipelined.memory)
     read |= readable(state, "state")
     read["plan"] = str(pipelined.plan)
     read |= readable(step.evaluate(state, make_batch(seed=50)), "evaluation")
