@@ -27,7 +27,9 @@ class SleepingCompiler(Compiler):
         super().__init__(devices)
         ranges = [range(start, end) for start, end in pairwise(plan.boundaries)]
         self._task_s = {
-            stage_program_name(stage, kind): costs.task_s(layers, kind, plan.stages[stage].recompute)
+            stage_program_name(stage, kind): costs.task_s(
+                layers, kind, plan.stages[stage].recompute
+            )
             for stage, layers in enumerate(ranges)
             for kind in "FBIW"
         }
@@ -38,7 +40,9 @@ class SleepingCompiler(Compiler):
         """Returns what stands for the programs, by name."""
         return {
             name: CompiledProgram(
-                spec, functools.partial(_Sleeper, spec, self._task_s.get(name, 0.0), self.devices)
+                spec,
+                functools.partial(_Sleeper, spec, self._task_s.get(name, 0.0), self.devices),
+                {},
             )
             for name, spec in specs.items()
         }
@@ -50,7 +54,7 @@ class _Sleeper:
     def __init__(self, spec: ProgramSpec, task_s: float, devices: Sequence[jax.Device]) -> None:
         self._spec, self._task_s, self._device = spec, task_s, devices[spec.device]
 
-    def compile(self) -> Any:
+    def compile(self, compiler_options: Mapping[str, Any]) -> Any:
         results = [
             jax.device_put(jnp.zeros(aval.shape, aval.dtype), self._device)
             for aval in self._spec.out_avals

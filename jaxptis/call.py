@@ -138,10 +138,14 @@ class Compiled:
         predicted = holdings.predicted_memory(
             self.pipeline, *([] if self.used is None else [self.used.copies])
         )
-        peaks = (self.used or self.gradient_step).executable.peak_bytes
+        accounts = (self.used or self.gradient_step).executable.accounts
         return tuple(
-            dataclasses.replace(device, peak_bytes=peak)
-            for device, peak in zip(predicted, peaks, strict=True)
+            dataclasses.replace(
+                device,
+                peak_bytes=account.peak_bytes,
+                temporary_bytes=account.peak_temporary_bytes,
+            )
+            for device, account in zip(predicted, accounts, strict=True)
         )
 
     def stages(self) -> tuple[CompiledStage, ...]:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from jaxptis.executor.executable import Executable
 from jaxptis.executor.measured import on_one_clock, timeline_of
+from jaxptis.executor.measured_memory import measured_memory
 from jaxptis.executor.record import Happening
 from jaxptis.performance import Timeline
 
@@ -60,7 +61,9 @@ def measured_timeline(
     """
     processes = [device.process_index for device in devices]
     every, error_s = on_one_clock(executable.rows, processes, _of_all_processes(happenings))
-    return timeline_of(executable.rows, every, executable.num_bytes), error_s
+    timeline = timeline_of(executable.rows, every, executable.num_bytes)
+    memory = measured_memory(executable.rows, every, executable.accounts)
+    return replace(timeline, memory=memory), error_s
 
 
 def _of_all_processes(happenings: Sequence[Happening]) -> list[Happening]:

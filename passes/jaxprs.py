@@ -37,6 +37,7 @@ __all__ = [
     "indexed_sizes",
     "inline",
     "is_float",
+    "least_memory",
     "located",
     "nbytes",
     "process_service",
@@ -416,6 +417,17 @@ def is_float(aval: Any) -> bool:
 def nbytes(avals: Iterable[Any]) -> int:
     """Return the bytes that values of these types take."""
     return sum(aval.size * aval.dtype.itemsize for aval in avals)
+
+
+def least_memory(platform: str) -> dict[str, Any]:
+    """Return the compiler options with which a program has as few temporaries as XLA can do.
+
+    For a CPU it orders operations for most of them to run at once, unless told otherwise: a stage
+    then holds the gradients of all its parameters beside their sums.
+    """
+    if platform != "cpu":
+        return {}
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def process_service() -> Any:

@@ -1,5 +1,8 @@
 """The work of each layer, as XLA counts it in the compiled programs of that layer.
 
+They are compiled as the executor compiles those of a stage: for least memory, and gradients are
+added to sums in the memory of these.
+
 XLA counts what is inside of a loop once, whatever the loop's length. So the body of a scan is also
 counted by itself, and added for each further iteration. A while loop, of which nobody knows the
 number of iterations, is counted as a single one.
@@ -15,7 +18,7 @@ from passes import jaxprs
 from passes.jaxprs import Jaxpr, JaxprEqn, Scan
 from passes.layer_programs import LayerKind
 from passes.origins import called_body
-from passes.stages import StageProgram
+from passes.stages import Role, StageProgram
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,11 +80,10 @@ def count_work(kind: LayerKind) -> LayerWork:
 
 
 def _count(program: StageProgram | None) -> Work:
-    return _NO_WORK if program is None else _count_jaxpr(program.jaxpr)
-
-
-def _count_jaxpr(jaxpr: Jaxpr) -> Work:
-    return _count_once(jaxpr) + _further_iterations(jaxpr)
+    if program is None:
+        return _NO_WORK
+    sums = tuple(k for k, operand in enumerate(program.reads) if operand.role == Role.SUM)
+    return _count_once(program.jaxpr, sums) + _further_iterations(program.jaxpr)
 
 
 def _further_iterations(jaxpr: Jaxpr) -> Work:
@@ -107,11 +109,11 @@ def _further_iterations_of_scan(scan: Scan) -> Work:
     return inside + _count_once(body) * further if further else inside
 
 
-def _count_once(jaxpr: Jaxpr) -> Work:
+def _count_once(jaxpr: Jaxpr, donated: tuple[int, ...] = ()) -> Work:
     """Return XLA's count, which has one iteration of each loop."""
-    key = hashlib.sha256(str(jaxpr).encode()).digest()
+    key = hashlib.sha256(f"{donated} {jaxpr}".encode()).digest()
     if key not in _counted:
-        _counted[key] = _compile_and_count(jaxpr)
+        _counted[key] = _compile_and_count(jaxpr, donated)
     return _counted[key]
 
 
@@ -122,12 +124,13 @@ _COUNT_ONLY: dict[str, Any] = {
 }
 
 
-def _compile_and_count(jaxpr: Jaxpr) -> Work:
+def _compile_and_count(jaxpr: Jaxpr, donated: tuple[int, ...]) -> Work:
     def layer(*args: jax.Array) -> list[jax.Array]:
         return jaxprs.evaluate(jaxpr, args)
 
-    lowered = jax.jit(layer).lower(*jaxprs.avals(jaxpr.invars))
-    compiled = lowered.compile(compiler_options=_COUNT_ONLY)
+    lowered = jax.jit(layer, donate_argnums=donated).lower(*jaxprs.avals(jaxpr.invars))
+    options = _COUNT_ONLY | jaxprs.least_memory(jax.default_backend())
+    compiled = lowered.compile(compiler_options=options)
     analysis, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     return Work(
         flops=analysis.get("flops", 0.0),

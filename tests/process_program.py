@@ -87,6 +87,7 @@ def run(devices, strategy, failure=None):
     read["profile"] = what_ran(profile)
     if strategy == "1f1b":
         read["measured"] = what_is_measured(pipelined, params, devices)
+    read["memory"] = str(pipelined.memory)
     read |= readable(state, "state")
     read["plan"] = str(pipelined.plan)
     read |= readable(step.evaluate(state, make_batch(seed=50)), "evaluation")

@@ -22,7 +22,7 @@ def make_step(strategy):
 
 
 @pytest.mark.parametrize("strategy", ["1f1b", "zb-v"])
-def test_a_profile_has_the_tasks_of_the_plan_and_changes_no_result(strategy):
+def test_a_profile_has_the_tasks_of_the_plan_and_changes_no_result(strategy, tmp_path):
     pipelined, step, state = make_step(strategy)
     _, other, expected = make_step(strategy)
     state, profile = step.profile(state, make_batch(), NUM_STEPS)
@@ -48,6 +48,18 @@ def test_a_profile_has_the_tasks_of_the_plan_and_changes_no_result(strategy):
     for each in timeline.transfers:
         assert at[each.made_by].end_s <= each.start_s <= each.end_s
         assert each.num_bytes > 0
+    for curve, accounted in zip(timeline.memory, pipelined.memory, strict=True):
+        assert curve.peak_bytes == accounted.peak_bytes
+        assert curve.peak_parts["temporaries"] == accounted.temporary_bytes
+        assert sum(curve.peak_parts.values()) == curve.peak_bytes
+        assert curve.times_s[-1] <= timeline.step_s
+        # Adam's two moments, and a sum for each parameter.
+        parts = curve.peak_parts
+        assert parts["optimizer state"] == pytest.approx(2 * parts["parameters"], abs=8)
+        assert parts["gradients"] == parts["parameters"]
+    for suffix in "html", "json", "txt":
+        pipelined.timeline.save(tmp_path / f"step.{suffix}", measured=timeline, plan=plan)
+    assert '"optimizer state"' in (tmp_path / "step.html").read_text()
     assert timeline.step_s <= max(profile.recorded_s)
     assert len(profile.recorded_s) == len(profile.plain_s) == NUM_STEPS
     assert f"{profile.cost:+.1%}" in str(profile)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxptis.executor.programs import Aval, ProgramSpec
 from jaxptis.executor.transfer import Exchange, Route
 from jaxptis.processes import Processes, is_local
+from passes import jaxprs
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class CompiledProgram:
 
     spec: ProgramSpec
     _lower: Callable[[], Any]
+    _options: Mapping[str, Any]
 
     @functools.cached_property
     def lowered(self) -> Any:
@@ -33,7 +35,7 @@ class CompiledProgram:
     @functools.cached_property
     def compiled(self) -> Any:
         """What XLA made of it, which can be called."""
-        return self.lowered.compile()
+        return self.lowered.compile(compiler_options=dict(self._options))
 
     def as_text(self, form: str) -> str:
         """Return the program as "jaxpr", as "stablehlo", or as "hlo" (what XLA made of it).
@@ -53,6 +55,12 @@ class CompiledProgram:
     def cost_analysis(self) -> dict[str, float]:
         """Return XLA's counts, among them `flops` and `bytes accessed`."""
         return self.compiled.cost_analysis()
+
+    @property
+    def temporary_bytes(self) -> int:
+        """What it needs beside its inputs and results."""
+        memory = self.memory_analysis()
+        return memory.temp_size_in_bytes if memory else 0
 
     def memory_analysis(self) -> Any:
         """Return XLA's sizes of arguments, results and temporaries, in bytes."""
@@ -90,7 +98,8 @@ class Compiler:
 
     def program(self, spec: ProgramSpec, donated: tuple[int, ...]) -> CompiledProgram:
         """Return a program that is compiled when it is looked at; see `programs`."""
-        return CompiledProgram(spec, functools.partial(self._lower, spec, donated))
+        options = jaxprs.least_memory(self.devices[0].platform)
+        return CompiledProgram(spec, functools.partial(self._lower, spec, donated), options)
 
     def programs(
         self, specs: Mapping[str, ProgramSpec], donated: Mapping[str, tuple[int, ...]]

@@ -1,8 +1,10 @@
 """A step that is ready to run: compiled programs, and slots for the buffers they pass on."""
 
 import collections
+import dataclasses
 import functools
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxptis.executor.account import Account
 from jaxptis.executor.compiled import CompiledProgram, Compiler, donations
 from jaxptis.executor.instructions import Rows, Run
 from jaxptis.executor.programs import Aval, ProgramSpec
@@ -76,13 +79,14 @@ class Executable:
         donated = _donated(steps, specs)
         read = {(d, n) for s in steps for d, each in s.ends for n in each.reads}
         self.num_bytes = {name: jaxprs.nbytes([aval]) for (_, name), aval in types.items()}
-        self.peak_bytes = prove(
+        accounts = prove(
             self.rows,
             given=_per_device(rows, {*inputs, *constants} & (read | kept)),
             held=held,
             nbytes=self.num_bytes,
             donated=donated,
         )
+        self.peak_bytes = tuple(each.peak_bytes for each in accounts)
         compiler.processes.check_same(
             f"instructions of {what}", _text(compiler.devices, self.rows, types)
         )
@@ -90,7 +94,7 @@ class Executable:
         mine = [i for i, step in enumerate(steps) if not local.isdisjoint(dict(step.ends))]
         self.programs = compiler.programs(specs, donated)
         self.exchanges = compiler.exchanges([routes[i] for i in mine if i in routes])
-        compiler.processes.wait_for_all()
+        self.accounts = self._with_temporaries(compiler, accounts)
         slots: dict[Buffer, int] = collections.defaultdict(lambda: len(slots))
         self._inputs = [slots[buffer] for buffer in inputs if buffer[0] in local]
         self._input_is_local = [device in local for device, _ in inputs]
@@ -120,6 +124,28 @@ class Executable:
         )
         self.host_s = 0.0
         self.num_calls = 0
+
+    def _with_temporaries(
+        self, compiler: Compiler, accounts: Sequence[Account]
+    ) -> tuple[Account, ...]:
+        """Add what programs need inside to the accounts, when all processes have compiled them."""
+        own = {
+            name: program.temporary_bytes
+            for name, program in self.programs.items()
+            if compiler.is_local(program.spec.device)
+        }
+        every: dict[str, int] = {}
+        for told in compiler.processes.share(json.dumps(own)):
+            every |= json.loads(told)
+        return tuple(
+            dataclasses.replace(
+                account,
+                temporary_bytes=tuple(
+                    every[each.program] if isinstance(each, Run) else 0 for each in row
+                ),
+            )
+            for account, row in zip(accounts, self.rows.rows, strict=True)
+        )
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Run the step; returns as soon as everything is issued."""

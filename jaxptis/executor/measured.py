@@ -23,23 +23,26 @@ def timeline_of(rows: Rows, happenings: Happenings, num_bytes: Mapping[str, int]
         happenings: when each of them was run, on one clock.
         num_bytes: of each buffer.
     """
-    begin_s = min(
-        happenings[device, position].start_s
-        for device, row in enumerate(rows.rows)
-        for position, each in enumerate(row)
-        if isinstance(each, Run) and each.task is not None
-    )
+    tasks = of_tasks(rows, happenings)
+    begin_s = min(at.start_s for row in tasks for _, at in row)
     spans = tuple(
-        tuple(
-            Span(each.task, at.start_s - begin_s, at.end_s - begin_s)
-            for position, each in enumerate(row)
-            if isinstance(each, Run) and each.task is not None
-            for at in [happenings[device, position]]
-        )
-        for device, row in enumerate(rows.rows)
+        tuple(Span(task, at.start_s - begin_s, at.end_s - begin_s) for task, at in row)
+        for row in tasks
     )
     transfers = _transfers(rows, happenings, num_bytes, begin_s)
     return Timeline(spans, tuple(sorted(transfers, key=lambda each: each.start_s)))
+
+
+def of_tasks(rows: Rows, happenings: Happenings) -> list[list[tuple[Task, Happening]]]:
+    """Return the tasks of every device, and when each was run."""
+    return [
+        [
+            (each.task, happenings[device, position])
+            for position, each in enumerate(row)
+            if isinstance(each, Run) and each.task is not None
+        ]
+        for device, row in enumerate(rows.rows)
+    ]
 
 
 def _transfers(

@@ -14,12 +14,15 @@ class DeviceMemory:
 
     Attributes:
         resident_bytes: what lasts: parameters, sums of gradients, the batch, constants.
-        peak_bytes: the most that is live at once, what lasts included. Without temporaries inside
-            of programs.
+        peak_bytes: the most that is live at once, what lasts and temporaries inside of programs
+            included.
+        temporary_bytes: how much of the peak is inside of the program that runs then; 0 where
+            programs are not compiled.
     """
 
     resident_bytes: int
     peak_bytes: int
+    temporary_bytes: int = 0
 
 
 def predict_memory(

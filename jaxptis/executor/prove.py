@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from jaxptis.executor.account import Account, Change
 from jaxptis.executor.instructions import Instruction, Rows, Run, Transfer
 from jaxptis.plan import Task
 
@@ -96,7 +97,7 @@ def prove(
     held: Sequence[Set[str]],
     nbytes: Mapping[str, int],
     donated: Mapping[str, Sequence[int]] = MappingProxyType({}),
-) -> tuple[int, ...]:
+) -> tuple[Account, ...]:
     """Check the lists, buffer by buffer.
 
     Args:
@@ -107,7 +108,7 @@ def prove(
         donated: for each program the positions of inputs whose memory its results take.
 
     Returns:
-        For each device the most bytes that are live at once.
+        For each device what it holds; of what its programs need inside nothing is known.
 
     Raises:
         ValueError: says what is wrong, with the device, the instruction and the buffer.
@@ -124,7 +125,7 @@ def prove(
             devices[device].carry_out(instruction, [instruction.reads[i] for i in reused])
     for memory, kept in zip(devices, held, strict=True):
         memory.finish(kept)
-    return tuple(memory.peak for memory in devices)
+    return tuple(memory.account() for memory in devices)
 
 
 class _Memory:
@@ -133,9 +134,10 @@ class _Memory:
     def __init__(self, device: int, given: Set[str], nbytes: Mapping[str, int]) -> None:
         self._device = device
         self._nbytes = nbytes
+        self._given = frozenset(given)
         self._live = set(given)
         self._freed: set[str] = set()
-        self._total = self.peak = sum(nbytes[name] for name in given)
+        self._changes: list[Change] = []
 
     def carry_out(self, instruction: Instruction, donated: Sequence[str]) -> None:
         """Read, write and free; results take the memory of what is `donated`."""
@@ -147,17 +149,25 @@ class _Memory:
         for name in instruction.writes:
             if name in self._live and name not in instruction.reads:
                 raise ValueError(f"{here}: {name} is written while it is still in use")
-        made = set(instruction.writes) - self._live
-        self._live |= made
-        self._total += sum(self._nbytes[name] for name in made)
-        reused = sum(self._nbytes[name] for name in donated if name not in instruction.writes)
-        self.peak = max(self.peak, self._total - reused)
+        made = [name for name in dict.fromkeys(instruction.writes) if name not in self._live]
+        self._live.update(made)
+        taken = {name for name in donated if name not in instruction.writes}
         for name in instruction.frees:
             if name not in self._live:
                 raise ValueError(f"{here}: {name} is freed, but is not there")
             self._live.discard(name)
             self._freed.add(name)
-            self._total -= self._nbytes[name]
+        goes = tuple(name for name in instruction.frees if name not in taken)
+        self._changes.append(Change(comes=tuple(made), taken=tuple(sorted(taken)), goes=goes))
+
+    def account(self) -> Account:
+        """Return what was carried out."""
+        return Account(
+            given=self._given,
+            changes=tuple(self._changes),
+            temporary_bytes=(0,) * len(self._changes),
+            num_bytes=self._nbytes,
+        )
 
     def finish(self, held: Set[str]) -> None:
         """Check that what is to outlive the step is there, and nothing else."""

@@ -11,6 +11,7 @@ _REMEDIES = {
     "kept": "run its weight gradients sooner, or its backwards whole",
     "transfers": "run the tasks that read what crosses sooner",
     "temporaries": "use smaller microbatches",
+    "other": "use smaller batches",
 }
 
 

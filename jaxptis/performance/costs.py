@@ -36,6 +36,8 @@ class LayerCost:
         saved_all_bytes: likewise, in a stage that recomputes nothing.
         kept_bytes: all that lasts from I to W: what I keeps, and what W reads of what was saved, of
             the input and of the gradient that came.
+        made_bytes: how much more there is while I runs: what it keeps and the gradient of the
+            input, as far as they do not take the place of something that W does not read.
         param_bytes: of the parameters that no other layer reads.
         grad_bytes: of the sums of their gradients.
         state_bytes: of the optimizer's state of them.
@@ -57,6 +59,7 @@ class LayerCost:
     saved_bytes: int = 0
     saved_all_bytes: int = 0
     kept_bytes: int = 0
+    made_bytes: int = 0
     param_bytes: int = 0
     grad_bytes: int = 0
     state_bytes: int = 0
@@ -72,6 +75,8 @@ class LayerCost:
 @dataclass(frozen=True, kw_only=True)
 class TiedParams:
     """Parameters that several layers read, such as a tied embedding: once on each of their devices.
+
+    The optimizer's state of them is on the device of the first layer alone.
 
     Attributes:
         layers: the names of the layers.

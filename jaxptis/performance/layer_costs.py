@@ -1,7 +1,10 @@
 """From what the programs of layers take to the costs of the layers."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxptis.performance.costs import LayerCost, TiedParams
 from passes import jaxprs
@@ -116,7 +119,26 @@ def _activation_bytes(kind: LayerKind) -> dict[str, int]:
         "kept_bytes": 0
         if weight_grad is None
         else _read_bytes(weight_grad, lambda x: x in inputs or x.role in from_input_grad),
+        "made_bytes": _made_bytes(kind),
     }
+
+
+def _made_bytes(kind: LayerKind) -> int:
+    """Return what I makes, but for that which takes the memory of what nothing reads after it."""
+    first, second = kind.split.input_grad, kind.split.weight_grad
+    if first is None or second is None:
+        return 0
+    over = [
+        v.aval
+        for x, v in zip(first.reads, first.jaxpr.invars, strict=True)
+        if x.role in (Role.CROSSING, Role.SAVED, Role.COTANGENT) and x not in second.reads
+    ]
+    made = _by_type(jaxprs.avals(first.jaxpr.outvars)) - _by_type(over)
+    return sum(count * math.prod(shape) * dtype.itemsize for (shape, dtype), count in made.items())
+
+
+def _by_type(avals: Iterable[Any]) -> Counter[tuple[tuple[int, ...], Any]]:
+    return Counter((tuple(each.shape), each.dtype) for each in avals)
 
 
 def _read_bytes(program: StageProgram, wanted: Callable[[Operand], bool]) -> int:

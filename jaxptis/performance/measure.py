@@ -96,7 +96,7 @@ def _prepare(kind: LayerKind, device: Any) -> list["_Running"]:
         for operand, v in zip(program.reads, program.jaxpr.invars, strict=True):
             if operand not in values:
                 values[operand] = jax.device_put(_value(operand, v.aval, kind), device)
-        running = _Running(kind.index, name, program, values)
+        running = _Running(kind.index, name, program, values, device.platform)
         jax.block_until_ready(running())  # what it makes, those after it read
         prepared.append(running)
     return prepared
@@ -126,7 +126,12 @@ class _Running:
     """A compiled program and its arguments; the sums of gradients are those of the run before."""
 
     def __init__(
-        self, kind: int, name: str, program: StageProgram, values: dict[Operand, Any]
+        self,
+        kind: int,
+        name: str,
+        program: StageProgram,
+        values: dict[Operand, Any],
+        platform: str,
     ) -> None:
         """Take arguments from `values`, in which results replace what is consumed."""
         self.kind, self.name = kind, name
@@ -137,7 +142,9 @@ class _Running:
             return jaxprs.evaluate(program.jaxpr, args)
 
         jitted = jax.jit(layer, donate_argnums=sums)
-        self._compiled = jitted.lower(*[values[x] for x in program.reads]).compile()
+        lowered = jitted.lower(*[values[x] for x in program.reads])
+        options = jaxprs.least_memory(platform)
+        self._compiled = lowered.compile(compiler_options=options)
 
     def __call__(self) -> list[Any]:
         results = self._compiled(*[self._values[x] for x in self._program.reads])

@@ -9,10 +9,12 @@ class MemoryCurve:
     """The bytes that a device holds, as steps over time.
 
     Attributes:
-        times_s: from the start of the step, ascending; the first is 0.
+        times_s: from the start of the step, ascending; the first is 0. Two are equal where what was
+            measured lasts no time.
         num_bytes: from each of these times to the next.
         peak_parts: what there is at the peak, in bytes, by what it is: "parameters", "gradients",
-            "optimizer state", "saved", "kept", "transfers" and "temporaries".
+            "optimizer state", "saved", "kept", "transfers" and "temporaries"; of what was measured,
+            also "other": the batch, constants, results.
     """
 
     times_s: tuple[float, ...]

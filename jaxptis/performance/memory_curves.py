@@ -2,17 +2,18 @@
 
 Parameters, the sums of their gradients and the optimizer's state last for the whole step. What a
 forward saves, and what it makes for the next stage, is there from the start of the forward on; what
-I keeps for W from the start of I. The gradient that a B or I makes takes the place of the stage's
-input, which dies with it, as does what was saved. A result for another device stays until its
-transfer is over, and is on the other device from the start of the transfer on: an input until its B
-or I is over, a gradient until the task that reads it is. The input of the first stage is the batch,
-and is not counted. While a task runs, it has its temporaries; where a stage recomputes all, what is
-saved otherwise is a temporary of the backward.
+I makes for W from the start of I, and from its end on only what W reads is left. The gradient that
+a B makes takes the place of the stage's input, which dies with it, as does what was saved. A first
+stage without input gradient has a whole backward in W, and its I does nothing. A result for
+another device stays until its transfer is over, and is on the other device from the start of the
+transfer on: an input until its B or I is over, a gradient until the task that reads it is. The
+input of the first stage is the batch, and is not counted. While a task runs, it has its
+temporaries; where a stage recomputes all, what is saved otherwise is a temporary of the backward.
 """
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -113,14 +114,25 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
 
     def of_stage(stage: int) -> dict[str, tuple[_Change, _Change]]:
         layers = [costs.layers[index] for index in ranges[stage]]
+        splits = costs.makes_input_grad(ranges[stage])
         recompute = plan.stages[stage].recompute
         read, made = crossing[stage], crossing[stage + 1]
         saved = costs.saved_bytes(ranges[stage], recompute) if trains else 0
         again = costs.saved_bytes(ranges[stage], "cheap") if recompute == "all" else 0
         kept = sum(layer.kept_bytes for layer in layers)
+        made_by_i = sum(layer.made_bytes for layer in layers)
         most = max(layer.temporary_bytes for layer in layers)
         stays = home[stage + 1 : stage + 2] == [home[stage]]
         back = _Change(saved=-saved - read, transfers=read - made, temporaries=-most - again)
+        of_whole = again + _most_of_whole(layers)
+        whole = _Change(temporaries=of_whole), back._replace(temporaries=-of_whole)
+        split = {
+            "I": (
+                _Change(kept=made_by_i, temporaries=most + again),
+                back._replace(kept=kept - made_by_i),
+            ),
+            "W": (_Change(temporaries=most), _Change(kept=-kept, temporaries=-most)),
+        }
         return {
             "F": (
                 _Change(
@@ -130,20 +142,33 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
                 ),
                 _Change(saved=0 if trains else -read, temporaries=-most),
             ),
-            "B": (_Change(temporaries=most + again), back),
-            "I": (_Change(kept=kept, temporaries=most + again), back),
-            "W": (_Change(temporaries=most), _Change(kept=-kept, temporaries=-most)),
+            "B": whole,
+            **(split if splits else {"I": (_Change(), _Change()), "W": whole}),
         }
 
     return [of_stage(stage) for stage in range(plan.num_stages)]
 
 
+def _most_of_whole(layers: Sequence[LayerCost]) -> int:
+    """Return the most temporaries of a whole backward, which starts at the last layer.
+
+    XLA leaves weight gradients to the end, and so holds for them what I of each layer would keep.
+    """
+    made = accumulate((layer.made_bytes for layer in reversed(layers)), initial=0)
+    return max(
+        layer.temporary_bytes + held for layer, held in zip(reversed(layers), made, strict=False)
+    )
+
+
 def _lasting(plan: Plan, costs: Costs, trains: bool) -> list[dict[str, int]]:
-    """Return what each device holds for the whole step; what layers share, it holds once."""
+    """Return what each device holds for the whole step; what layers share, it holds once.
+
+    The optimizer's state of what they share is on the device of the first of them.
+    """
     home = {name: stage.device for stage in plan.stages for name in stage.layers}
-    held: list[tuple[set[int], LayerCost | TiedParams]] = [
-        *(({home[layer.name]}, layer) for layer in costs.layers),
-        *(({home[name] for name in tied.layers}, tied) for tied in costs.tied),
+    held: list[tuple[Iterable[int], LayerCost | TiedParams]] = [
+        *(([home[layer.name]], layer) for layer in costs.layers),
+        *((dict.fromkeys(home[name] for name in tied.layers), tied) for tied in costs.tied),
     ]
     lasting = [
         {"parameters": 0, "gradients": 0, "optimizer state": 0} for _ in range(plan.num_devices)
@@ -152,5 +177,6 @@ def _lasting(plan: Plan, costs: Costs, trains: bool) -> list[dict[str, int]]:
         for device in devices:
             lasting[device]["parameters"] += owner.param_bytes
             lasting[device]["gradients"] += owner.grad_bytes * trains
+        for device in list(devices)[:1]:
             lasting[device]["optimizer state"] += owner.state_bytes * trains
     return lasting

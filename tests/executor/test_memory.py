@@ -9,6 +9,7 @@ import pytest
 
 import jaxptis
 from jaxptis.executor import holdings
+from jaxptis.executor.instructions import Run
 from tests import small_models
 
 NUM_MICROBATCHES, NUM_DEVICES = 8, 4
@@ -45,6 +46,25 @@ def test_measured_memory_is_that_of_the_plan(call):
         assert got == pytest.approx(want.peak_bytes, rel=0.05)
     # And exactly that which was proven of the lists.
     assert measured == executable.peak_bytes
+
+
+def test_temporaries_are_those_that_xla_reports(call):
+    """While a program runs there are its inputs, results and temporaries, and what it leaves be."""
+    executable = call.compiled.gradient_step.executable
+    for row, account in zip(executable.rows.rows, executable.accounts, strict=True):
+        live, most = set(account.given), 0
+        for each, (during, _) in zip(row, account.levels(), strict=True):
+            most = max(most, during)
+            if isinstance(each, Run):
+                xla = executable.programs[each.program].memory_analysis()
+                own = xla.argument_size_in_bytes + xla.output_size_in_bytes
+                own += xla.temp_size_in_bytes - xla.alias_size_in_bytes
+                if len(each.writes) > 1:
+                    own -= 8 * len(each.writes)  # pointers to the results
+                others = live.difference(each.reads, each.writes)
+                assert during == own + sum(executable.num_bytes[name] for name in others)
+            live = live.union(each.writes).difference(each.frees)
+        assert most == account.peak_bytes
 
 
 def test_what_a_step_holds(call):
@@ -99,7 +119,9 @@ def test_memory_of_a_step_counts_all_that_it_holds():
     pipelined.value_and_grad(params, batch)
     executable = call.compiled.gradient_step.executable
     measured = executable.measure_peak_bytes([*call.params_buffers(), *call.batch_buffers()])
-    assert measured == tuple(each.peak_bytes for each in pipelined.memory)
+    assert measured == executable.peak_bytes
+    for each, arrays in zip(pipelined.memory, measured, strict=True):
+        assert each.peak_bytes - each.temporary_bytes <= arrays <= each.peak_bytes
     others = jaxptis.pipeline(
         loss_fn, num_microbatches=NUM_MICROBATCHES, devices=jax.devices()[:NUM_DEVICES]
     )

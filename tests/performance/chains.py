@@ -23,8 +23,9 @@ def chain_programs(plan: Plan) -> dict[tuple[int, str], TaskProgram]:
         reads, writes, sends = {
             "F": (x, [*[saved] * trains, *(ref for ref, _ in onward)], onward),
             "B": (back_reads, sent_back, back),
-            "I": (back_reads, [*sent_back, Ref(kept, True)], back),
-            "W": ([Ref(kept, True)], [], []),
+            # The first stage has no input gradient, and leaves all to W.
+            "I": (back_reads, [*sent_back, Ref(kept, True)] if s else [], back),
+            "W": ([Ref(kept, True)] if s else back_reads, [], []),
         }[kind]
         programs[s, kind] = TaskProgram(
             name=f"stage{s}.{kind}", reads=tuple(reads), writes=tuple(writes), sends=tuple(sends)

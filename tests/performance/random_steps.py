@@ -36,7 +36,8 @@ def _costs(rng: Random, plan: Plan) -> Costs:
     sizes = {
         f"{what}_bytes": [rng.choice(_BYTES) for _ in names]
         for what in (
-            *("input", "saved", "saved_all", "kept", "param", "grad", "state", "temporary"),
+            *("input", "saved", "saved_all", "kept", "made"),
+            *("param", "grad", "state", "temporary"),
         )
     }
     layers = (

@@ -79,6 +79,8 @@ def test_bytes_by_hand(dtype, size):
     assert block.saved_all_bytes == 2 * hidden  # and its derivative
     # The gradient that came, that of what tanh was given, and both inputs of the matmuls.
     assert block.kept_bytes == stream + hidden + stream + hidden
+    # Of these I makes the second; and the gradient of its input, whose place W still reads.
+    assert (first.made_bytes, block.made_bytes) == (0, hidden + stream)
     assert head.saved_bytes == out  # the error
     assert head.kept_bytes == stream + out
     params = {first: IN * WIDTH, block: 2 * WIDTH * HIDDEN, head: WIDTH * OUT}
