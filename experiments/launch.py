@@ -6,6 +6,7 @@ What a process prints is shown with its number before each line. If one fails th
 stopped, and so they are by Ctrl-C.
 """
 
+import os
 import queue
 import signal
 import socket
@@ -27,6 +28,7 @@ DEVICES_PER_PROCESS = flags.DEFINE_integer(
     "Devices of each: the first process has the machine's first ones, and so on.",
     lower_bound=1,
 )
+PIN = flags.DEFINE_bool("pin", False, "Give each process a core of its own.")
 
 Child = subprocess.Popen[str]
 
@@ -37,6 +39,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("name an experiment: [flags] -- experiments.train [its flags]")
     for number in signal.SIGINT, signal.SIGTERM:  # a shell's background jobs ignore the former
         signal.signal(number, _interrupt)
+    cores = os.sched_getaffinity(0)
+    if PIN.value and NUM_PROCESSES.value > len(cores):
+        raise app.UsageError(
+            f"--pin: {NUM_PROCESSES.value} processes, but {len(cores)} cores; start fewer, or drop "
+            "--pin"
+        )
     address = f"127.0.0.1:{free_port()}"
     children: list[Child] = []
     try:
@@ -63,7 +71,7 @@ def start(command: Sequence[str], address: str, index: int) -> Child:
     module, *arguments = command
     first = index * DEVICES_PER_PROCESS.value
     local = ",".join(str(first + i) for i in range(DEVICES_PER_PROCESS.value))
-    return subprocess.Popen(
+    child = subprocess.Popen(
         [
             *(sys.executable, "-u", "-m", module, *arguments),
             f"--coordinator_address={address}",
@@ -78,6 +86,9 @@ def start(command: Sequence[str], address: str, index: int) -> Child:
         errors="replace",
         start_new_session=True,  # so that Ctrl-C reaches this process only, which stops them
     )
+    if PIN.value:
+        os.sched_setaffinity(child.pid, {sorted(os.sched_getaffinity(0))[index]})
+    return child
 
 
 def wait(children: Sequence[Child]) -> str | None:

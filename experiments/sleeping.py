@@ -12,12 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxptis.call import Compiled
+from jaxptis.compile import Pipeline
 from jaxptis.executor.compiled import CompiledProgram, Compiler
 from jaxptis.executor.programs import ProgramSpec
 from jaxptis.executor.stage_tasks import stage_program_name
-from jaxptis.performance import Costs
+from jaxptis.performance import Costs, Timeline
 from jaxptis.plan import Plan
+from jaxptis.profile import measured_timeline
 
 
 class SleepingCompiler(Compiler):
@@ -49,21 +53,52 @@ class SleepingCompiler(Compiler):
 
 
 class _Sleeper:
-    """What stands for a lowered program."""
+    """What stands for a lowered program, and for a compiled one."""
 
     def __init__(self, spec: ProgramSpec, task_s: float, devices: Sequence[jax.Device]) -> None:
-        self._spec, self._task_s, self._device = spec, task_s, devices[spec.device]
-
-    def compile(self, compiler_options: Mapping[str, Any]) -> Any:
-        results = [
-            jax.device_put(jnp.zeros(aval.shape, aval.dtype), self._device)
-            for aval in self._spec.out_avals
+        self._task_s = task_s
+        self._results = [
+            jax.device_put(jnp.zeros(aval.shape, aval.dtype), devices[spec.device])
+            for aval in spec.out_avals
         ]
 
-        def run(*inputs: jax.Array) -> list[jax.Array]:
-            jax.block_until_ready(inputs)
-            if self._task_s:
-                time.sleep(self._task_s)
-            return results
+    def compile(self, compiler_options: Mapping[str, Any]) -> "_Sleeper":
+        return self
 
-        return run
+    def memory_analysis(self) -> None:
+        """Nothing is known of it."""
+
+    def __call__(self, *inputs: jax.Array) -> list[jax.Array]:
+        jax.block_until_ready(inputs)
+        if self._task_s:
+            time.sleep(self._task_s)
+        return self._results
+
+
+def measure_asleep(pipeline: Pipeline, params: Any, batch: Any, num_steps: int) -> Timeline:
+    """Returns the timeline of median length of the steps of a pipeline whose tasks sleep.
+
+    Args:
+        pipeline: of which only the gradient is run.
+        params: their types.
+        batch: the arrays or their types.
+        num_steps: how many steps to take, after one to warm up.
+    """
+    analysis = pipeline.analysis
+    devices = analysis.options.devices
+    compiled = Compiled(pipeline, SleepingCompiler(devices, pipeline.plan, analysis.costs), params)
+    executable = compiled.gradient_step.executable
+    inputs = [
+        buffer
+        for placement, tree in ((compiled.params, params), (compiled.batch, batch))
+        for buffer in placement.buffers(placement.put([*map(_zeros, jax.tree.leaves(tree))]))
+    ]
+    timelines = []
+    for _ in range(1 + num_steps):
+        _, happenings = executable.record(inputs)
+        timelines.append(measured_timeline(executable, devices, happenings)[0])
+    return sorted(timelines[1:], key=lambda timeline: timeline.step_s)[num_steps // 2]
+
+
+def _zeros(x: Any) -> np.ndarray:
+    return np.zeros(x.shape, x.dtype)

@@ -216,6 +216,17 @@ SIZES: Mapping[str, GemmaConfig] = MappingProxyType(
         ),
         # Not published: learns bytes, yet has so large a vocabulary that the head has the share
         # of the parameters that it has in the 2B, a fifth, and more of them than a block.
+        "small": GemmaConfig(
+            generation=1,
+            vocab_size=4096,
+            model_width=256,
+            mlp_width=512,
+            num_blocks=8,
+            num_heads=8,
+            num_kv_heads=1,
+            head_width=32,
+            dtype=jnp.float32,
+        ),
         "tiny": GemmaConfig(
             generation=1,
             vocab_size=2048,

@@ -84,6 +84,15 @@ SIZES: Mapping[str, Llama2Config] = MappingProxyType(
             num_kv_heads=8,
         ),
         # Not published: over bytes, and small enough to learn in a minute on two CPU cores.
+        "small": Llama2Config(
+            vocab_size=256,
+            model_width=256,
+            mlp_width=704,
+            num_blocks=8,
+            num_heads=8,
+            num_kv_heads=4,
+            dtype=jnp.float32,
+        ),
         "tiny": Llama2Config(
             vocab_size=256,
             model_width=128,

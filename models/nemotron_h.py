@@ -177,6 +177,21 @@ SIZES: Mapping[str, NemotronHConfig] = MappingProxyType(
             state_width=128,
         ),
         # Not published: over bytes, and small enough to learn in a minute on two CPU cores.
+        "small": NemotronHConfig(
+            vocab_size=256,
+            model_width=256,
+            pattern="M-M-M*-M-M-M*-M-",
+            mlp_width=1024,
+            num_heads=8,
+            num_kv_heads=4,
+            head_width=32,
+            num_mamba_heads=16,
+            mamba_head_width=32,
+            num_mamba_groups=4,
+            state_width=32,
+            chunk_length=32,
+            dtype=jnp.float32,
+        ),
         "tiny": NemotronHConfig(
             vocab_size=256,
             model_width=128,

@@ -20,13 +20,13 @@ from absl import app, flags
 
 import jaxptis
 from experiments import distributed
+from experiments.random_plan import random_plan
 from jaxptis import processes
 from jaxptis.compile import analyse
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.measure_links import measure_links
 from jaxptis.performance.costs_file import to_json
 from tests.noted import Noted
-from tests.random_plans import random_plan
 from tests.small_models import OUT, WIDTH, block, make_batch, make_params, normal
 
 NUM_DEVICES, NUM_STEPS, NUM_MICROBATCHES = 4, 3, 4

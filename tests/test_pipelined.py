@@ -13,9 +13,9 @@ import pytest
 from flax import linen, nnx
 
 import jaxptis
+from experiments.random_plan import random_plan
 from jaxptis.plan import Plan, StagePlan
 from jaxptis.schedules import schedule
-from tests.random_plans import random_plan
 from tests.small_models import (
     IN,
     OUT,

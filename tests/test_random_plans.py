@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.random_plan import random_plan
 from jaxptis.cluster import Cluster
 from jaxptis.compile import analyse, build
 from jaxptis.executor import holdings, steps
 from jaxptis.executor.compiled import Compiler
 from jaxptis.options import Options
 from jaxptis.placement import Placement, aval_of
-from tests.random_plans import random_plan
 from tests.small_models import IN, WIDTH, assert_close, block, block_params, matrix, normal
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

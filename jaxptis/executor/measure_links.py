@@ -3,7 +3,6 @@
 import json
 import statistics
 import time
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,65 +21,69 @@ def measure_links(cluster: Cluster, compiler: Compiler) -> Cluster:
     """Return the cluster with the links that are found between its devices.
 
     A transfer is a program of both its devices, as in a step. Neighbours in the ring of the devices
-    are measured, one link after the other; any other is taken to be like the slowest of these.
-    Every process must call this, with the same arguments, and gets the same.
+    are measured, one link after the other, there and back; any other is taken to be like the
+    slowest of these. Every process must call this, with the same arguments, and gets the same.
 
     Args:
         cluster: of which the devices are kept.
         compiler: for these devices.
     """
     count = len(compiler.devices)
-    ring = [(d, (d + 1) % count) for d in range(count) if count > 1]
-    pairs = dict.fromkeys(pair for ends in ring for pair in (ends, ends[::-1]))
+    pairs = [(d, (d + 1) % count) for d in range(count) if count > 1]
     compiler.processes.begin("measuring the links")
-    own: dict[str, list[list[float]]] = {}
-    for pair in pairs:
-        routes = [_route(pair, num_bytes) for num_bytes in _SIZES]
+    own: dict[str, list[float]] = {}
+    for pair in dict.fromkeys(map(_sorted, pairs)):
+        routes = [(_route(pair, n), _route(pair[::-1], n)) for n in _SIZES]
         local = any(map(compiler.is_local, pair))
-        exchanges = compiler.exchanges(routes) if local else {}
+        exchanges = compiler.exchanges([each for both in routes for each in both]) if local else {}
         compiler.processes.wait_for_all()  # for them to be compiled, and for the links in use
         if local:
-            own[str(pair)] = [_runs_s(compiler, route, exchanges[route]) for route in routes]
-    every = [json.loads(text) for text in compiler.processes.share(json.dumps(own))]
+            found = [
+                _transfer_s(compiler, there, exchanges[there], exchanges[back])
+                for there, back in routes
+            ]
+            if compiler.is_local(pair[0]):
+                own[str(pair)] = found
+    every: dict[str, list[float]] = {}
+    for text in compiler.processes.share(json.dumps(own)):
+        every |= json.loads(text)
     links = {
-        pair: _fit(*_medians_s([found[str(pair)] for found in every if str(pair) in found]))
-        for pair in pairs
+        pair: _fit(*every[str(_sorted(pair))]) for both in pairs for pair in (both, both[::-1])
     }
     slowest = max(links.values(), key=lambda link: link.transfer_s(_SIZES[-1]), default=Link())
     return Cluster(cluster.devices, slowest, links)
+
+
+def _sorted(pair: tuple[int, int]) -> tuple[int, int]:
+    return min(pair), max(pair)
 
 
 def _route(pair: tuple[int, int], num_bytes: int) -> Route:
     return Route(pair, ((Aval((num_bytes,), jnp.uint8),), ()))
 
 
-def _runs_s(compiler: Compiler, route: Route, exchange: Exchange) -> list[float]:
-    """Return the seconds of each transfer, as the ends in this process see them.
+def _transfer_s(compiler: Compiler, route: Route, there: Exchange, back: Exchange) -> float:
+    """Return half the median seconds of a way there and back, as the first end sees it.
 
-    Both ends work in between, as in a step: one that only waits is woken up sooner.
+    The first end works in between, as in a step, while the other waits.
     """
-    devices = [compiler.devices[d] for d in route.devices if compiler.is_local(d)]
-    work = jax.jit(lambda x: x + 1, donate_argnums=0)
-    busy = [jax.device_put(jnp.zeros(_WORK_BYTES // 4), device) for device in devices]
     source, _ = route.devices
-    sent = [
-        jax.device_put(jnp.zeros(aval.shape, aval.dtype), compiler.devices[source])
-        for aval in route.sends[0]
-        if compiler.is_local(source)
-    ]
+    is_local = compiler.is_local(source)
+    device = compiler.devices[source]
+    sent, work = [], []
+    if is_local:
+        (aval,), _ = route.sends
+        sent = [jax.device_put(jnp.zeros(aval.shape, aval.dtype), device)]
+        work = [jax.device_put(jnp.zeros(_WORK_BYTES // 4), device)]
+    do = jax.jit(lambda x: x + 1, donate_argnums=0)
     runs_s = []
     for _ in range(NUM_WARM_UPS + NUM_RUNS):
-        busy = jax.block_until_ready([work(x) for x in busy])
+        work = jax.block_until_ready([do(x) for x in work])
         start_s = time.perf_counter()
-        jax.block_until_ready(exchange(*sent))
-        runs_s.append(time.perf_counter() - start_s)
-    return runs_s[NUM_WARM_UPS:]
-
-
-def _medians_s(ends: Sequence[Sequence[Sequence[float]]]) -> list[float]:
-    """Return the median of each size: of what the end saw that was the last to be ready."""
-    by_size = zip(*ends, strict=True)
-    return [statistics.median(map(min, zip(*runs_s, strict=True))) for runs_s in by_size]
+        arrived = jax.block_until_ready(there(*sent))
+        jax.block_until_ready(back(*arrived))
+        runs_s.append((time.perf_counter() - start_s) / 2)
+    return statistics.median(runs_s[NUM_WARM_UPS:])
 
 
 def _fit(small_s: float, large_s: float) -> Link:

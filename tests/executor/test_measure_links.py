@@ -32,7 +32,7 @@ def test_any_other_link_is_like_the_slowest(monkeypatch):
     monkeypatch.setattr(measuring, "_fit", lambda *_: Link(latency_s=next(fits) % 7))
     devices = jax.devices()[:4]
     cluster = measuring.measure_links(Cluster.of(devices), Compiler(devices))
-    assert len(cluster.links) == 8
+    assert [link.latency_s for link in cluster.links.values()] == [1, 2, 3, 4, 5, 6, 0, 1]
     assert cluster.link_between(0, 2) == cluster.link_between(1, 3) == Link(latency_s=6)
 
 
@@ -50,9 +50,25 @@ def test_latency_and_rate_are_found_in_two_sizes(link):
     assert fit.bytes_per_s == pytest.approx(link.bytes_per_s)
 
 
-def test_a_transfer_starts_when_its_last_end_is_ready():
-    """Of each run the end that waited for less counts, of all runs the median."""
-    one_end = [[3.0, 9.0, 2.0], [5.0, 5.0, 5.0]]
-    other_end = [[9.0, 4.0, 8.0], [6.0, 4.0, 7.0]]
-    assert measuring._medians_s([one_end, other_end]) == [3.0, 5.0]
-    assert measuring._medians_s([one_end]) == [3.0, 5.0]
+def test_a_transfer_is_half_the_way_there_and_back(monkeypatch):
+    """What is sent back is what has arrived; the work in between takes no part."""
+    now_s, seen = 0.0, []
+
+    def passing(name, seconds):
+        def exchange(x):
+            nonlocal now_s
+            now_s += next(seconds)
+            seen.append((name, x.shape))
+            return [x]
+
+        return exchange
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now_s)
+    compiler = Compiler(jax.devices()[:2])
+    there, back = (
+        passing(name, itertools.cycle(seconds))
+        for name, seconds in (("there", (1, 2, 9)), ("back", (3, 4, 5)))
+    )
+    route = measuring._route((0, 1), 8)
+    assert measuring._transfer_s(compiler, route, there, back) == 3
+    assert seen[:2] == [("there", (8,)), ("back", (8,))]

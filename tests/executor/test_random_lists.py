@@ -6,11 +6,11 @@ from random import Random
 
 import pytest
 
+from experiments.random_plan import random_plan
 from jaxptis.executor.instructions import Run, Transfer
 from jaxptis.executor.memory import predict_memory
 from jaxptis.executor.prove import prove
 from tests.executor.random_tasks import random_costs, random_programs, write_rows
-from tests.random_plans import random_plan
 
 NUM_PLANS, CHUNKS = 5000, 5
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from math import inf
 from random import Random
 
+from experiments.random_plan import random_plan
 from jaxptis.cluster import Cluster, DeviceSpec, Link
 from jaxptis.performance import Costs, LayerCost, TiedParams
 from jaxptis.plan import Plan
 from tests.clusters import device
-from tests.random_plans import random_plan
 
 _SECONDS = [0, 1, 1, 2, 3, 5]
 _BYTES = [0, 2, 4, 6, 12]

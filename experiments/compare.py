@@ -1,0 +1,335 @@
+"""Compares what is predicted of steps with what they take: models x strategies, on these devices.
+
+MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 \
+python -m experiments.launch --num_processes=2 --pin -- experiments.compare --num_devices=2
+python -m experiments.compare --size=small --num_devices=8 --asleep --slower=4
+
+Costs of layers, and links, are measured here, once for each model. A step is measured from its
+first task to the end of its last; "plain" is how long steps take that nothing records, with their
+update. The variables keep glibc from giving large arrays fresh pages in every program.
+
+With --asleep the tasks do not compute: they sleep for what the costs say, in the executor as it is,
+so that two cores can hold eight devices. What is shown then is not the time of any model.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import platform
+import statistics
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags, logging
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import jaxptis
+from experiments import distributed
+from experiments.random_plan import random_plan
+from experiments.sleeping import measure_asleep
+from jaxptis.cluster import Cluster
+from jaxptis.performance import Costs, Timeline
+from jaxptis.pipelined import Pipelined
+from models import MODELS, Model
+
+RANDOM = "random"
+INTERLEAVED = "interleaved"
+
+NAMES = flags.DEFINE_list("models", list(MODELS), "Families of models.")
+SIZE = flags.DEFINE_string("size", "tiny", "Which size of each.")
+STRATEGIES = flags.DEFINE_list(
+    "strategies",
+    ["gpipe", "1f1b", INTERLEAVED, "zb-h1", "zb-v", RANDOM],
+    f'Schedules, paths of plans, or "{RANDOM}": a random plan, of --seed.',
+)
+NUM_DEVICES = flags.DEFINE_integer("num_devices", 2, "Devices in the pipeline.", lower_bound=1)
+NUM_MICROBATCHES = flags.DEFINE_integer(
+    "num_microbatches", 8, "Parts that each batch is cut into.", lower_bound=1
+)
+MICROBATCH_SIZE = flags.DEFINE_integer(
+    "microbatch_size", 4, "Sequences in a microbatch.", lower_bound=1
+)
+SEQUENCE_LENGTH = flags.DEFINE_integer(
+    "sequence_length", 128, "Tokens predicted in each sequence.", lower_bound=1
+)
+NUM_STEPS = flags.DEFINE_integer("num_steps", 9, "Steps to record.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of the tokens and of the random plan.")
+ASLEEP = flags.DEFINE_bool("asleep", False, "Let tasks sleep for what they cost.")
+SLOWER = flags.DEFINE_float(
+    "slower", 1.0, "How many times as long they sleep, with --asleep.", lower_bound=0.0
+)
+JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the settings and the results.")
+HTML_OUTPUT = flags.DEFINE_string(
+    "html_output", None, "Folder for a page of every step: what was predicted above what was."
+)
+
+SETTINGS = (
+    NAMES,
+    SIZE,
+    STRATEGIES,
+    NUM_DEVICES,
+    NUM_MICROBATCHES,
+    MICROBATCH_SIZE,
+    SEQUENCE_LENGTH,
+    NUM_STEPS,
+    SEED,
+    ASLEEP,
+    SLOWER,
+)
+
+
+@flags.validator("json_output", "its folder does not exist; create it first")
+def _has_folder(path: str | None) -> bool:
+    return path is None or pathlib.Path(path).absolute().parent.is_dir()
+
+
+@flags.validator("html_output", "the folder does not exist; create it first")
+def _is_folder(path: str | None) -> bool:
+    return path is None or pathlib.Path(path).is_dir()
+
+
+@flags.validator("models", f"give names of families: {', '.join(MODELS)}")
+def _are_models(names: list[str]) -> bool:
+    return all(name in MODELS for name in names)
+
+
+@flags.multi_flags_validator(["size", "models"], "not every family has this size; see models/")
+def _have_size(values: dict[str, Any]) -> bool:
+    return all(values["size"] in MODELS[name].sizes for name in values["models"] if name in MODELS)
+
+
+@flags.multi_flags_validator(["asleep", "slower"], "--slower is for --asleep; give both")
+def _is_asleep(values: dict[str, Any]) -> bool:
+    return bool(values["asleep"]) or values["slower"] == 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A step of a model by a strategy.
+
+    Attributes:
+        model: the family.
+        strategy: the plan.
+        predicted_s: of the step.
+        measured_s: likewise; the median of those recorded.
+        plain_s: of a step that is not recorded, with its update, the median; None of one asleep.
+        predicted_bubble: the fraction of the step in which devices idle, the mean.
+        measured_bubble: likewise.
+        predicted_bytes: the largest peak of a device.
+        accounted_bytes: likewise, of the executor; None of one asleep, which has no programs.
+        memory_ratio: of these, on the device where they differ most.
+    """
+
+    model: str
+    strategy: str
+    predicted_s: float
+    measured_s: float
+    plain_s: float | None
+    predicted_bubble: float
+    measured_bubble: float
+    predicted_bytes: int
+    accounted_bytes: int | None
+    memory_ratio: float | None
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured step."""
+        return self.predicted_s / self.measured_s
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints a table, and writes it to --json_output."""
+    if argv[1:]:
+        raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
+    devices = distributed.join(NUM_DEVICES.value)
+    if ASLEEP.value and jax.process_count() > 1:
+        raise app.UsageError("--asleep is for one process, whose cores hold all devices")
+    first = jax.process_index() == 0
+    console = Console(quiet=not first)
+    rows: list[Row] = []
+    with Progress(console=console) as bar:
+        task = bar.add_task("measuring", total=len(NAMES.value) * len(STRATEGIES.value))
+        for name in NAMES.value:
+            bar.update(task, description=name)
+            for row in compare(name, MODELS[name], devices):
+                rows.append(row)
+                bar.advance(task)
+    report(rows, console)
+    if JSON_OUTPUT.value is not None and first:
+        pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(to_json(rows), indent=1) + "\n")
+
+
+def compare(name: str, model: Model, devices: Sequence[jax.Device]) -> Any:
+    """Yields a row for each strategy."""
+    config = model.sizes[SIZE.value]
+    shape = NUM_MICROBATCHES.value * MICROBATCH_SIZE.value, SEQUENCE_LENGTH.value + 1
+    tokens = np.random.default_rng(SEED.value).integers(0, 256, shape, np.int32)
+    module, loss = model.module(config), model.loss(config)
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        return loss(functools.partial(module.apply, {"params": params}), batch)
+
+    types = jax.eval_shape(module.init, jax.random.key(0), tokens[:1])["params"]
+    make = functools.partial(
+        jaxptis.pipeline,
+        loss_fn,
+        num_microbatches=NUM_MICROBATCHES.value,
+        devices=devices,
+        has_aux=True,
+    )
+    costs, cluster = measure(make(costs="measured"), types, {"tokens": tokens})
+    for strategy in STRATEGIES.value:
+        plan = strategy if strategy != RANDOM else draw(costs)
+        pipelined = make(costs=costs, cluster=cluster, strategy=plan)
+        title = f"{name} {SIZE.value}, {strategy}"
+        if ASLEEP.value:
+            yield of_one_asleep(name, strategy, pipelined, types, {"tokens": tokens}, title)
+        else:
+            params = jax.jit(module.init)(jax.random.key(SEED.value), tokens[:1])["params"]
+            yield of_one(name, strategy, pipelined, params, {"tokens": tokens}, title)
+
+
+def measure(pipelined: Pipelined, params: Any, batch: Any) -> tuple[Costs, Cluster]:
+    """Returns the costs of the layers, with --slower, and the cluster with its links."""
+    costs = pipelined.bind(None, params, batch).compiled.pipeline.analysis.costs
+    return slower(costs, SLOWER.value), pipelined.options.cluster
+
+
+def slower(costs: Costs, factor: float) -> Costs:
+    """Returns costs in which all takes this many times as long."""
+    names = ("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s")
+    layers = (
+        dataclasses.replace(layer, **{name: factor * getattr(layer, name) for name in names})
+        for layer in costs.layers
+    )
+    return dataclasses.replace(costs, layers=tuple(layers))
+
+
+def draw(costs: Costs) -> jaxptis.Plan:
+    """Returns a random plan for these layers."""
+    return random_plan(
+        Random(SEED.value),
+        layers=[layer.name for layer in costs.layers],
+        num_microbatches=NUM_MICROBATCHES.value,
+        num_devices=NUM_DEVICES.value,
+    )
+
+
+def of_one(
+    name: str, strategy: str, pipelined: Pipelined, params: Any, batch: Any, title: str
+) -> Row:
+    """Runs steps that compute."""
+    # Of sgd there is no state; costs do not know the optimizer's.
+    step = pipelined.train_step(optax.sgd(0.01))
+    _, profile = step.profile(step.init(params, batch), batch, NUM_STEPS.value)
+    predicted, measured = pipelined.timeline, profile.timeline
+    draw_page(predicted, measured, pipelined.plan, f"{name}.{strategy}", title)
+    pairs = [
+        (curve.peak_bytes, accounted.peak_bytes)
+        for curve, accounted in zip(predicted.memory, pipelined.memory, strict=True)
+    ]
+    return dataclasses.replace(
+        _row(name, strategy, predicted, measured),
+        plain_s=statistics.median(profile.plain_s),
+        accounted_bytes=max(accounted for _, accounted in pairs),
+        memory_ratio=max((a / b for a, b in pairs), key=lambda ratio: abs(ratio - 1)),
+    )
+
+
+def of_one_asleep(
+    name: str, strategy: str, pipelined: Pipelined, params: Any, batch: Any, title: str
+) -> Row:
+    """Runs steps whose tasks sleep."""
+    compiled = pipelined.bind(None, params, batch).compiled
+    measured = measure_asleep(compiled.pipeline, params, batch, NUM_STEPS.value)
+    predicted, plan = compiled.pipeline.timeline, compiled.pipeline.plan
+    draw_page(predicted, measured, plan, f"{name}.{strategy}", f"{title}, tasks asleep")
+    return _row(name, strategy, predicted, measured)
+
+
+def _row(name: str, strategy: str, predicted: Timeline, measured: Timeline) -> Row:
+    return Row(
+        model=name,
+        strategy=strategy,
+        predicted_s=predicted.step_s,
+        measured_s=measured.step_s,
+        plain_s=None,
+        predicted_bubble=statistics.fmean(predicted.bubble),
+        measured_bubble=statistics.fmean(measured.bubble),
+        predicted_bytes=max(curve.peak_bytes for curve in predicted.memory),
+        accounted_bytes=None,
+        memory_ratio=None,
+    )
+
+
+def draw_page(
+    predicted: Timeline, measured: Timeline, plan: jaxptis.Plan, file: str, title: str
+) -> None:
+    """Writes a page into --html_output, if it is given."""
+    if HTML_OUTPUT.value is not None and jax.process_index() == 0:
+        path = pathlib.Path(HTML_OUTPUT.value) / f"{file.replace('/', '_')}.html"
+        predicted.save(path, measured=measured, plan=plan, title=title)
+
+
+def report(rows: Sequence[Row], console: Console) -> None:
+    """Prints a line a step, and how far predictions are off."""
+    title = "Tasks sleep for what they cost: these are times of no model" if ASLEEP.value else None
+    table = Table(
+        *("model", "strategy", "predicted", "measured", "ratio", "plain", "bubble", "measured"),
+        *("memory", "ratio", "to interleaved"),
+        box=None,
+        title=title,
+    )
+    interleaved_s = {row.model: row.measured_s for row in rows if row.strategy == INTERLEAVED}
+    for row in rows:
+        base_s = interleaved_s.get(row.model)
+        table.add_row(
+            row.model,
+            row.strategy,
+            f"{row.predicted_s * 1e3:.1f} ms",
+            f"{row.measured_s * 1e3:.1f} ms",
+            f"{row.ratio:.3f}",
+            "" if row.plain_s is None else f"{row.plain_s * 1e3:.1f} ms",
+            f"{row.predicted_bubble:.1%}",
+            f"{row.measured_bubble:.1%}",
+            f"{row.predicted_bytes / 1e6:.1f} MB",
+            "" if row.memory_ratio is None else f"{row.memory_ratio:.3f}",
+            "" if base_s is None else f"{row.measured_s / base_s:.3f}",
+        )
+    console.print(table)
+    median, worst = errors(rows)
+    console.print(f"predicted over measured: off by {median:.1%} (median), {worst:.1%} (worst)")
+
+
+def errors(rows: Sequence[Row]) -> tuple[float, float]:
+    """Returns by how much predicted steps are off, as a fraction: the median and the worst."""
+    off = [abs(row.ratio - 1) for row in rows]
+    return statistics.median(off), max(off)
+
+
+def to_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns the settings, by the names of their flags, and the figures."""
+    median, worst = errors(rows)
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "num_processes": jax.process_count(),
+        "num_cpus": os.cpu_count(),
+        "settings": {flag.name: flag.value for flag in SETTINGS},
+        "median_error": median,
+        "worst_error": worst,
+        "rows": [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows],
+    }
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # of JAX, for one; --verbosity=0 shows the rest
+    app.run(main)
