@@ -71,7 +71,8 @@ def start(command: Sequence[str], address: str, index: int) -> Child:
     module, *arguments = command
     first = index * DEVICES_PER_PROCESS.value
     local = ",".join(str(first + i) for i in range(DEVICES_PER_PROCESS.value))
-    child = subprocess.Popen(
+    cores = sorted(os.sched_getaffinity(0))
+    return subprocess.Popen(
         [
             *(sys.executable, "-u", "-m", module, *arguments),
             f"--coordinator_address={address}",
@@ -85,10 +86,9 @@ def start(command: Sequence[str], address: str, index: int) -> Child:
         text=True,
         errors="replace",
         start_new_session=True,  # so that Ctrl-C reaches this process only, which stops them
+        # Before anything else, since what is started later has the same core.
+        preexec_fn=(lambda: os.sched_setaffinity(0, {cores[index]})) if PIN.value else None,
     )
-    if PIN.value:
-        os.sched_setaffinity(child.pid, {sorted(os.sched_getaffinity(0))[index]})
-    return child
 
 
 def wait(children: Sequence[Child]) -> str | None:

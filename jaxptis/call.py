@@ -19,6 +19,10 @@ from jaxptis.executor.initializer import initializer
 from jaxptis.executor.memory import DeviceMemory
 from jaxptis.executor.stage_tasks import KINDS, stage_program_name
 from jaxptis.parts import Cuts, flatten, is_parts
+from jaxptis.performance import Costs, Timeline
+from jaxptis.performance.layer_costs import with_state_bytes
+from jaxptis.performance.memory_curves import memory_curves
+from jaxptis.performance.optimizer_state import optimizer_state_bytes
 from jaxptis.placement import Placement, aval_of
 from passes.boxes import Pieces, sizes
 
@@ -55,6 +59,7 @@ class Training:
       state: where these are put.
       cuts: into which parts the leaves are cut.
       structure: of the state as a pytree, with one leaf for all parts of one.
+      costs: of the layers, with their parts of the state.
     """
 
     executable: Executable
@@ -62,6 +67,7 @@ class Training:
     state: Placement
     cuts: Cuts
     structure: Any
+    costs: Costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +118,30 @@ class Compiled:
                 state=Placement(state.homes, self._compiler.devices),
                 cuts=Cuts(pieces, [aval.shape for aval in types]),
                 structure=structure,
+                costs=self._costs_with(optimizer),
             )
         return self._training[optimizer]
+
+    def _costs_with(self, optimizer: optax.GradientTransformation) -> Costs:
+        graph = self.pipeline.analysis.graph
+        state_bytes = optimizer_state_bytes(graph.program, self._param_types, optimizer)
+        held = [layer.params for layer in graph.layers]
+        return with_state_bytes(self.pipeline.analysis.costs, held, state_bytes)
+
+    @property
+    def costs(self) -> Costs:
+        """What the layers cost in the step used last."""
+        return self.pipeline.analysis.costs if self.used is None else self.used.costs
+
+    @property
+    def timeline(self) -> Timeline:
+        """The predicted step, of the step used last."""
+        predicted = self.pipeline.timeline
+        if self.used is None:
+            return predicted
+        rows, transfers = predicted.spans, predicted.transfers
+        memory = memory_curves(self.pipeline.plan, self.costs, rows, transfers)
+        return dataclasses.replace(predicted, memory=memory)
 
     def copy(self, params: Sequence[Any]) -> list[Any]:
         """Return copies of the leaves of the parameters in place, made one after the other."""

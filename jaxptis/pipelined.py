@@ -92,13 +92,13 @@ class Pipelined:
 
     @property
     def costs(self) -> Costs:
-        """What the layers cost by which the step used last was planned."""
-        return self._used().pipeline.analysis.costs
+        """What the layers cost in the step used last, which was planned by it."""
+        return self._used().costs
 
     @property
     def timeline(self) -> Timeline:
         """The predicted step, of the step used last."""
-        return self._used().pipeline.timeline
+        return self._used().timeline
 
     @property
     def memory(self) -> tuple[DeviceMemory, ...]:

@@ -135,7 +135,7 @@ class Trainer:
 
     @property
     def costs(self) -> Costs:
-        """What the layers cost by which the step was planned."""
+        """What the layers cost, by which the step was planned."""
         return self._pipelined.costs
 
     @property

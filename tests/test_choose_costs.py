@@ -102,7 +102,7 @@ def test_a_trainer_shows_its_costs():
         optimizer=optax.sgd(0.1),
     )
     trainer.init(jax.random.key(0), make_batch())
-    assert trainer.costs is costs
+    assert trainer.costs == costs
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """From what the programs of layers take to the costs of the layers."""
 
+import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from jaxptis.performance.costs import LayerCost, TiedParams
+from jaxptis.performance.costs import Costs, LayerCost, TiedParams
 from passes import jaxprs
 from passes.differentiate import accumulator_dtype
 from passes.layer_programs import LayerKind, LayerPrograms
@@ -16,7 +16,7 @@ Track = Callable[[Sequence[LayerKind]], Iterable[LayerKind]]
 """Goes through kinds of layers, and may show how far it is; `iter` shows nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class KindCost:
     """What the programs of a kind of layer take.
 
@@ -83,6 +83,29 @@ def _readers(layers: Sequence[LayerPrograms]) -> dict[int, tuple[int, ...]]:
         for p in layer.params:
             readers[p] = (*readers.get(p, ()), index)
     return readers
+
+
+def with_state_bytes(
+    costs: Costs, held: Sequence[Collection[int]], state_bytes: Mapping[int, int]
+) -> Costs:
+    """Return costs of which the optimizer's state is this.
+
+    Args:
+        costs: of layers.
+        held: the indices of the parameters of each layer.
+        state_bytes: of each parameter.
+    """
+    state: defaultdict[tuple[str, ...], int] = defaultdict(int)
+    first = (costs.layers[0].name,)  # holds what no layer reads
+    for p, num_bytes in state_bytes.items():
+        pairs = zip(costs.layers, held, strict=True)
+        readers = tuple(layer.name for layer, params in pairs if p in params)
+        state[readers or first] += num_bytes
+    layers = (
+        dataclasses.replace(layer, state_bytes=state[(layer.name,)]) for layer in costs.layers
+    )
+    tied = (dataclasses.replace(each, state_bytes=state[each.layers]) for each in costs.tied)
+    return dataclasses.replace(costs, layers=tuple(layers), tied=tuple(tied))
 
 
 def _layer_cost(

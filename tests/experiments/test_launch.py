@@ -15,6 +15,7 @@ PROGRAMS = {
     "show": "import sys; print(*sys.argv[1:]); print('to stderr', file=sys.stderr)",
     "fail": INDEX + "if index == '1': raise ValueError('too small')\ntime.sleep(60)",
     "killed": INDEX + "if index == '2': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
+    "cores": "import os; print(sorted(os.sched_getaffinity(0)))",
     "wait": WAIT,
     "stubborn": INDEX + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAIT,
 }
@@ -50,6 +51,22 @@ def test_each_process_has_its_flags_and_its_prefix(launch):
         for i in range(3)
     ]
     assert {f"[{i}] to stderr" for i in range(3)} <= set(out.splitlines())
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+def test_each_process_has_a_core_of_its_own(launch):
+    run = launch("--num_processes=2", "--pin", "--", "cores")
+    out, err = run.communicate(timeout=50)
+    assert run.returncode == 0, err
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    assert sorted(out.splitlines()) == [f"[0] [{first}]", f"[1] [{second}]"]
+
+
+def test_more_processes_than_cores_are_not_pinned(launch):
+    run = launch("--num_processes=9999", "--pin", "--", "cores")
+    _, err = run.communicate(timeout=50)
+    assert run.returncode == 1
+    assert "--pin: 9999 processes, but" in err and "start fewer, or drop --pin" in err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ from experiments.model_layers import layers_of as layers_of_model
 from jaxptis.cluster import DeviceSpec
 from jaxptis.performance import Costs
 from jaxptis.performance.estimate import estimate
-from jaxptis.performance.layer_costs import KindCost, kinds_of, layer_costs, tied_params
+from jaxptis.performance.layer_costs import (
+    KindCost,
+    kinds_of,
+    layer_costs,
+    tied_params,
+    with_state_bytes,
+)
 from jaxptis.performance.optimizer_state import optimizer_state_bytes
 from models import MODELS as OURS
 from passes import STAGE_PASSES, jaxprs
@@ -124,6 +130,8 @@ def test_every_parameter_counts_once(name):
     assert sum(each.grad_bytes for each in held) == sums
     # Two moments, but for the step count, of which each parameter's share is below a byte.
     assert 2 * nbytes <= sum(each.state_bytes for each in held) <= 2 * nbytes + 4
+    params_of = [layer.params for layer in graph.layers]
+    assert with_state_bytes(bytes_of(graph, {}), params_of, state_bytes) == costs
 
 
 def test_what_layers_share_is_told_by_who_reads_it():
