@@ -59,7 +59,7 @@ def test_the_largest_models_are_not_allocated(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "complaint"),
     [
-        ("--size=8B", "the model has no such size; use 7B, 13B, 70B, tiny"),
+        ("--size=8B", "the model has no such size; use 7B, 13B, 70B, small, tiny"),
         ("--json_output=/no/such/folder/costs.json", "its folder does not exist"),
         (
             ("--source=measured", "--device=NVIDIA H200"),

@@ -140,7 +140,7 @@ def test_a_model_that_does_not_know_the_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "complaint"),
     [
-        ("--size=8B", "the model has no such size; use 7B, 13B, 70B, tiny"),
+        ("--size=8B", "the model has no such size; use 7B, 13B, 70B, small, tiny"),
         ("--num_devices=0", "num_devices"),
         ("--batch_size=5", "num_microbatches does not divide batch_size"),
         ("--json_output=/no/such/folder/results.json", "its folder does not exist"),
