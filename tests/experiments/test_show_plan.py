@@ -174,7 +174,10 @@ def test_bad_input_is_refused_without_a_traceback(costs_file, change, complaint)
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--model=llama2", "--size=56B"), "the model has no such size; use 7B, 13B, 70B, small, tiny"),
+        (
+            ("--model=llama2", "--size=56B"),
+            "the model has no such size; use 7B, 13B, 70B, small, tiny",
+        ),
         (("--costs=gone.json",), "there is no such file; write one"),
         (("--costs=setup.cfg", "--size=tiny"), "says what is planned; drop --model, --size"),
         (("--num_devices=2",), "only layers are shown; add it, or drop --num_devices"),
