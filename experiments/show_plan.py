@@ -58,8 +58,8 @@ SEQUENCE_LENGTH = flags.DEFINE_integer(
 STRATEGY = flags.DEFINE_string(
     "strategy",
     None,
-    "A schedule such as 1f1b or zb-v, or the path of a plan file; without one only the layers are "
-    "shown.",
+    "A schedule such as 1f1b or zb-v, best to search for one, or the path of a plan file; without "
+    "one only the layers are shown.",
 )
 NUM_DEVICES = flags.DEFINE_integer("num_devices", 4, "Devices in the pipeline.", lower_bound=1)
 NUM_MICROBATCHES = flags.DEFINE_integer(
@@ -194,14 +194,9 @@ def of_file(path: str, console: Console) -> tuple[list[Json], Costs, DeviceSpec]
 def predict(costs: Costs, strategy: str, device: DeviceSpec) -> PredictedStep:
     """Returns the plan of a strategy, and its step on equal devices."""
     with refused_plainly():
-        plan = make_plan(
-            costs,
-            strategy,
-            num_devices=NUM_DEVICES.value,
-            num_microbatches=NUM_MICROBATCHES.value,
-        )
         link = Link(latency_s=LATENCY_S.value, bytes_per_s=BYTES_PER_S.value or math.inf)
         cluster = Cluster((device,) * NUM_DEVICES.value, link)
+        plan = make_plan(costs, strategy, cluster=cluster, num_microbatches=NUM_MICROBATCHES.value)
         step = PredictedStep(plan, simulate(plan, costs, cluster, blocking=True), cluster)
         find_bottleneck(step.timeline, plan)  # refuses a step that takes no time
     return step

@@ -51,7 +51,9 @@ NUM_MICROBATCHES = flags.DEFINE_integer(
     "num_microbatches", 8, "Parts that each batch is cut into.", lower_bound=1
 )
 STRATEGY = flags.DEFINE_string(
-    "strategy", "1f1b", "A schedule such as 1f1b or zb-v, or the path of a plan file."
+    "strategy",
+    "1f1b",
+    "A schedule such as 1f1b or zb-v, best to search for one, or the path of a plan file.",
 )
 NUM_STEPS = flags.DEFINE_integer("num_steps", 200, "Steps to train for.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Sequences in a batch.", lower_bound=1)

@@ -102,7 +102,7 @@ def compile_pipeline(
     plan = make_plan(
         analysis.costs,
         options.strategy,
-        num_devices=len(options.devices),
+        cluster=analysis.cluster,
         num_microbatches=options.num_microbatches,
     )
     return build(analysis, plan)

@@ -1,12 +1,14 @@
 """From a strategy to a plan: named schedules, schedules in CSV files, plans and plan files."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from itertools import pairwise, zip_longest
 from os import PathLike
 from pathlib import Path
 
-from jaxptis.optimizer import balance
+from jaxptis.cluster import Cluster
+from jaxptis.optimizer import balance, best_plan
 from jaxptis.options import Strategy
 from jaxptis.performance import Costs
 from jaxptis.plan import Plan, Schedule, StagePlan, schedule_from_csv
@@ -20,14 +22,21 @@ from jaxptis.schedules import (
     schedule,
 )
 
+BEST = "best"
+"""The strategy that searches."""
 
-def make_plan(costs: Costs, strategy: Strategy, *, num_devices: int, num_microbatches: int) -> Plan:
+
+def make_plan(costs: Costs, strategy: Strategy, *, cluster: Cluster, num_microbatches: int) -> Plan:
     """Make or check the plan for the layers that the costs are of.
 
     Raises:
       ValueError: the strategy is not known, or the plan does not fit the model or the devices.
     """
     layers = tuple(cost.name for cost in costs.layers)
+    num_devices = len(cluster.devices)
+    if strategy == BEST:
+        others = _named_plans(layers, costs, num_devices, num_microbatches)
+        return best_plan(costs, cluster, num_microbatches, others=others)
     if isinstance(strategy, str) and names_family(strategy):
         return _named_plan(strategy, layers, costs, num_devices, num_microbatches)
     if not isinstance(strategy, Plan) and str(strategy).endswith(".csv"):
@@ -36,6 +45,15 @@ def make_plan(costs: Costs, strategy: Strategy, *, num_devices: int, num_microba
         plan = strategy if isinstance(strategy, Plan) else _load_plan(strategy)
     _check_plan(plan, layers, num_devices=num_devices, num_microbatches=num_microbatches)
     return plan
+
+
+def _named_plans(
+    layers: Sequence[str], costs: Costs, num_devices: int, num_microbatches: int
+) -> Iterator[Plan]:
+    """Yield the plans of all families that allow these numbers."""
+    for name in FAMILIES:
+        with contextlib.suppress(ValueError):
+            yield _named_plan(name, layers, costs, num_devices, num_microbatches)
 
 
 def _named_plan(

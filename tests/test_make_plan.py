@@ -8,6 +8,7 @@ from jaxptis.make_plan import make_plan
 from jaxptis.performance import Costs, LayerCost, simulate
 from jaxptis.plan import schedule_to_csv
 from jaxptis.schedules import FAMILIES, placement, schedule
+from tests.clusters import equal_devices
 
 LAYERS = tuple(f"layer{index}" for index in range(12))
 COSTS = Costs(
@@ -20,7 +21,8 @@ COSTS = Costs(
 
 def _make(strategy, num_layers=12, num_devices=2, num_microbatches=4):
     costs = Costs(COSTS.layers[:num_layers])
-    return make_plan(costs, strategy, num_devices=num_devices, num_microbatches=num_microbatches)
+    cluster = equal_devices(num_devices)
+    return make_plan(costs, strategy, cluster=cluster, num_microbatches=num_microbatches)
 
 
 @pytest.mark.parametrize("strategy", [*FAMILIES, "interleaved(v=3)", "list(stages_per_device=2)"])

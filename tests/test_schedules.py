@@ -15,7 +15,7 @@ from jaxptis.call import Call, Compiled
 from jaxptis.cluster import Cluster
 from jaxptis.compile import Analysis, analyse, build
 from jaxptis.executor.compiled import Compiler
-from jaxptis.make_plan import make_plan
+from jaxptis.make_plan import BEST, make_plan
 from jaxptis.options import Options
 from jaxptis.placement import aval_of
 from jaxptis.schedules import FAMILIES
@@ -93,7 +93,7 @@ class Model:
         return make_plan(
             self.analysis.costs,
             strategy,
-            num_devices=num_devices,
+            cluster=Cluster.of(jax.devices()[:num_devices]),
             num_microbatches=NUM_MICROBATCHES,
         )
 
@@ -191,6 +191,10 @@ def test_gradients_are_those_of_the_plain_step(name, num_devices, strategy):
     plan = model(name).plan(strategy, num_devices)
     assert plan.num_devices == num_devices
     model(name).check(plan)
+
+
+def test_gradients_of_the_best_plan():
+    model("llama2").check(model("llama2").plan(BEST, DEVICES))
 
 
 @pytest.mark.parametrize("strategy", FAMILIES)

@@ -1,0 +1,156 @@
+"""Simulated annealing over candidates (Kirkpatrick, Gelatt, Vecchi, Science 220, 1983)."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxptis.optimizer.candidate import (
+    HOME,
+    RECOMPUTE,
+    WHOLE,
+    WINDOW,
+    Candidate,
+    count_stages,
+    make_stages,
+)
+from jaxptis.optimizer.compiled import compiled
+from jaxptis.optimizer.list_kernel import Rule, list_step_s
+from jaxptis.optimizer.problem import Problem
+
+
+class Limits(NamedTuple):
+    """Where a search ends.
+
+    Attributes:
+        max_stages: of a plan.
+        num_tasks: to simulate; a search that is given as many finds the same again.
+    """
+
+    max_stages: int
+    num_tasks: int
+
+
+@compiled
+def step_s_of(
+    problem: Problem, candidate: Candidate, limit_s: float, order: np.ndarray
+) -> tuple[float, int]:
+    """Return the seconds of a candidate's step, and the tasks looked at; see `list_step_s`."""
+    stages, memory = make_stages(problem, candidate.layers)
+    return list_step_s(stages, memory, problem.num_microbatches, candidate.rule, limit_s, order)
+
+
+@compiled
+def anneal(
+    problem: Problem, start: Candidate, limits: Limits, heat: float, seed: int
+) -> tuple[Candidate, float]:
+    """Change a candidate again and again; return the best that was found, and its seconds.
+
+    A change that makes the step longer by x of the best is kept with probability exp(-x / T),
+    where T falls from `heat` to a hundredth of it.
+
+    Args:
+        problem: what to plan.
+        start: where to begin; its step must be possible.
+        limits: where to end.
+        heat: T at the start, a fraction.
+        seed: of what is drawn.
+    """
+    np.random.seed(seed)
+    no_order = np.empty((0, 3), np.int64)
+    M = problem.num_microbatches
+    now = Candidate(start.layers.copy(), start.rule)
+    now_s, _ = step_s_of(problem, now, np.inf, no_order)
+    best, best_s = Candidate(now.layers.copy(), now.rule), now_s
+    simulated = 0
+    while simulated < limits.num_tasks:
+        temperature = heat * 0.01 ** (simulated / limits.num_tasks)
+        changed = now.layers.copy()
+        rule = now.rule
+        draw = np.random.random()
+        if draw < 0.92:
+            crowded = problem.memory[0] < np.inf
+            _move(changed, len(problem.speed), M, crowded)
+            while np.random.random() < 0.6:  # what one moves away, another may bring back
+                _move(changed, len(problem.speed), M, crowded)
+        else:
+            rule = _other_rule(rule)
+        simulated += 10
+        num_stages = count_stages(changed)
+        if num_stages > limits.max_stages:
+            continue
+        limit_s = now_s - temperature * best_s * np.log(1.0 - np.random.random())
+        found_s, looked_at = step_s_of(problem, Candidate(changed, rule), limit_s, no_order)
+        simulated += looked_at
+        if found_s <= limit_s:
+            now, now_s = Candidate(changed, rule), found_s
+            if now_s < best_s * (1 - 1e-9):
+                best, best_s = Candidate(now.layers.copy(), now.rule), now_s
+    return best, best_s
+
+
+@compiled
+def _move(layers: np.ndarray, num_devices: int, num_microbatches: int, crowded: bool) -> None:
+    """Change one thing of a candidate."""
+    L = len(layers)
+    kind = np.random.randint(0, 10)
+    layer = np.random.randint(0, L)
+    a, b = _stage_around(layers, layer)
+    if kind < 4:  # a boundary moves: some layers go to the stage before or after
+        n = 1 + min(np.random.randint(0, 3), np.random.randint(0, 3))
+        if np.random.random() < 0.5:
+            if a:
+                layers[a : min(a + n, b), HOME] = layers[a - 1, HOME]
+        elif b < L:
+            layers[max(b - n, a) : b, HOME] = layers[b, HOME]
+    elif kind < 6:  # a stage goes to another device
+        layers[a:b, HOME] = np.random.randint(0, num_devices)
+    elif kind < 8:  # two stages change places
+        other_a, other_b = _stage_around(layers, np.random.randint(0, L))
+        home, other = layers[a, HOME], layers[other_a, HOME]
+        layers[a:b, HOME] = other
+        layers[other_a:other_b, HOME] = home
+    elif kind < 9:  # some layers of a stage go to another device
+        n = np.random.randint(1, 2 + (b - a))
+        layers[layer : min(layer + n, b), HOME] = np.random.randint(0, num_devices)
+    else:
+        draw = np.random.random()
+        if draw < 0.4:
+            layers[a, WINDOW] = _other_window(layers[a, WINDOW], num_microbatches)
+        elif draw < 0.7:
+            layers[a:b, WHOLE] = 1 - layers[a, WHOLE]
+        elif crowded:
+            layers[a:b, RECOMPUTE] = 1 - layers[a, RECOMPUTE]
+
+
+@compiled
+def _other_window(window: int, num_microbatches: int) -> int:
+    if np.random.random() < 0.2:
+        return num_microbatches
+    return max(1, min(num_microbatches, window + np.random.randint(-2, 3)))
+
+
+@compiled
+def _other_rule(rule: Rule) -> Rule:
+    alternate, forward_order, backward_order, patience = rule
+    kind = np.random.randint(0, 4)
+    if kind == 0:
+        alternate = not alternate
+    elif kind == 1:
+        forward_order = np.random.randint(0, 3)
+    elif kind == 2:
+        backward_order = np.random.randint(0, 3)
+    else:
+        patience = 0.25 * np.random.randint(0, 4)
+    return Rule(alternate, forward_order, backward_order, patience)
+
+
+@compiled
+def _stage_around(layers: np.ndarray, layer: int) -> tuple[int, int]:
+    """Return where the stage of a layer begins and ends."""
+    home = layers[layer, HOME]
+    a, b = layer, layer + 1
+    while a > 0 and layers[a - 1, HOME] == home:
+        a -= 1
+    while b < len(layers) and layers[b, HOME] == home:
+        b += 1
+    return a, b

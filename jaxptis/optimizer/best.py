@@ -1,0 +1,95 @@
+"""The best plan that a search finds, by the performance model, and never a worse one than given."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from math import inf
+
+import numpy as np
+
+from jaxptis.cluster import Cluster
+from jaxptis.optimizer.anneal import step_s_of
+from jaxptis.optimizer.candidate import HOME, RECOMPUTE, Candidate
+from jaxptis.optimizer.problem import Problem
+from jaxptis.optimizer.search import search
+from jaxptis.performance import Costs, simulate
+from jaxptis.performance.check_memory import check_memory
+from jaxptis.plan import Plan, StagePlan, Task
+
+_KINDS = "FBIW"
+_FINALISTS = 8  # are simulated with transfers that block; the search knows them only as delays
+_TIGHTER = 0.97  # of the memory, if what was found needs more than the search knew
+
+
+def best_plan(
+    costs: Costs,
+    cluster: Cluster,
+    num_microbatches: int,
+    *,
+    others: Iterable[Plan] = (),
+    time_limit_s: float = 10.0,
+    seed: int = 0,
+) -> Plan:
+    """Search partition, placement, schedule, split backwards and recomputation together.
+
+    Args:
+        costs: of the layers.
+        cluster: the devices, with their memory, speed and links.
+        num_microbatches: of a step.
+        others: plans for the same; what is returned is no worse than any that fits the memory.
+        time_limit_s: how long to search, on about two cores. It stands for an amount of work: the
+            same limit and seed find the same plan on a slower machine.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: there are fewer layers than devices, or no plan was found that fits the memory.
+    """
+    num_layers, num_devices = len(costs.layers), len(cluster.devices)
+    if num_layers < num_devices:
+        raise ValueError(
+            f"{num_layers} layers cannot fill {num_devices} devices; pass {num_layers} or fewer"
+        )
+    names = [layer.name for layer in costs.layers]
+    problem = Problem.of(costs, cluster, num_microbatches)
+    found: list[Plan] = list(others)
+    for tighter in (1.0, _TIGHTER, _TIGHTER**4):
+        now = problem._replace(memory=problem.memory * tighter)
+        finalists = search(now, time_limit_s=time_limit_s, seed=seed)[:_FINALISTS]
+        found += [to_plan(now, each.candidate, names) for each in finalists]
+        steps_s = [_step_s(plan, costs, cluster) for plan in found]
+        shortest = min(range(len(found)), key=steps_s.__getitem__, default=0)
+        if found and steps_s[shortest] < inf:
+            return found[shortest]
+    raise ValueError(
+        f"no plan was found in which {num_layers} layers fit the memory of {num_devices} devices; "
+        "pass more devices, or use smaller microbatches"
+    )
+
+
+def to_plan(problem: Problem, candidate: Candidate, names: Sequence[str]) -> Plan:
+    """Return the plan of a candidate whose step is possible, with layers of these names."""
+    layers = candidate.layers
+    order = np.empty((3 * problem.num_microbatches * len(layers), 3), np.int64)
+    _, num_tasks = step_s_of(problem, candidate, np.inf, order)
+    starts = [0, *(np.flatnonzero(np.diff(layers[:, HOME])) + 1).tolist(), len(layers)]
+    stages = tuple(
+        StagePlan(
+            layers=tuple(names[a:b]),
+            device=int(layers[a, HOME]),
+            recompute="all" if layers[a, RECOMPUTE] else "cheap",
+        )
+        for a, b in pairwise(starts)
+    )
+    rows: list[list[Task]] = [[] for _ in range(problem.num_devices)]
+    for stage, kind, microbatch in order[:num_tasks].tolist():
+        rows[stages[stage].device].append(Task(stage, _KINDS[kind], microbatch))
+    return Plan(stages=stages, schedule=tuple(map(tuple, rows)))
+
+
+def _step_s(plan: Plan, costs: Costs, cluster: Cluster) -> float:
+    """Return the seconds of a step as it will run; infinite if a device has too little memory."""
+    timeline = simulate(plan, costs, cluster, blocking=True)
+    try:
+        check_memory(timeline, cluster)
+    except ValueError:
+        return inf
+    return timeline.step_s

@@ -1,0 +1,98 @@
+"""A candidate plan as one row of numbers a layer, so that any change of it is a candidate, too.
+
+Layers in a row on one device are a stage. What a stage is told, its first layer says.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxptis.optimizer.compiled import compiled
+from jaxptis.optimizer.list_kernel import Rule, Stages
+from jaxptis.optimizer.problem import AGAIN, KEPT, LASTING, SAVED, B, I, Problem, W
+
+HOME, WINDOW, WHOLE, RECOMPUTE = range(4)
+"""Columns of a candidate: the device of a layer; of a stage that begins with it, the most
+microbatches between forward and backward, whether backwards are whole, and whether all is
+recomputed."""
+
+
+class Candidate(NamedTuple):
+    """What the search changes.
+
+    Attributes:
+        layers: [L, 4] whole numbers, see above.
+        rule: of its list schedule.
+    """
+
+    layers: np.ndarray
+    rule: Rule
+
+
+@compiled
+def count_stages(layers: np.ndarray) -> int:
+    """Return the number of stages of a candidate."""
+    num_stages = 1
+    for layer in range(1, len(layers)):
+        num_stages += layers[layer, HOME] != layers[layer - 1, HOME]
+    return num_stages
+
+
+@compiled
+def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarray]:
+    """Return the stages of a candidate, and the bytes that its devices have for microbatches."""
+    num_layers = len(layers)
+    num_stages = count_stages(layers)
+    first = np.empty(num_stages + 1, np.int64)
+    s = 0
+    for layer in range(num_layers):
+        if layer == 0 or layers[layer, HOME] != layers[layer - 1, HOME]:
+            first[s] = layer
+            s += 1
+    first[num_stages] = num_layers
+    home = np.empty(num_stages, np.int64)
+    seconds = np.empty((num_stages, 4))
+    lag_s = np.zeros((num_stages, 2))
+    room = np.empty(num_stages)
+    kept = np.empty(num_stages)
+    later = np.zeros(num_stages)
+    window = np.empty(num_stages, np.int64)
+    whole = np.empty(num_stages, np.bool_)
+    memory = problem.memory.copy()
+    most = np.zeros(len(memory))
+    for s in range(num_stages):
+        a, b = first[s], first[s + 1]
+        d = layers[a, HOME]
+        home[s] = d
+        window[s] = layers[a, WINDOW]
+        whole[s] = layers[a, WHOLE] == 1
+        recompute = layers[a, RECOMPUTE] == 1
+        again_s = problem.seconds[b, AGAIN] - problem.seconds[a, AGAIN] if recompute else 0.0
+        for k in range(4):
+            seconds[s, k] = problem.start_s + problem.seconds[b, k] - problem.seconds[a, k]
+        seconds[s, B] += again_s
+        seconds[s, I] += again_s
+        if s == 0 and not problem.trains_first:
+            seconds[s, I] = 0.0
+            seconds[s, W] = seconds[s, B]
+        seconds[s] /= problem.speed[d]
+        saved = problem.held[b, SAVED] - problem.held[a, SAVED]
+        kept[s] = problem.held[b, KEPT] - problem.held[a, KEPT]
+        room[s] = max(problem.input_bytes[a] if recompute else saved, kept[s])
+        if s == 0 and not problem.trains_first:
+            kept[s] = room[s]
+        memory[d] -= problem.held[b, LASTING] - problem.held[a, LASTING]
+        of_one = problem.temporary_bytes[a:b].max() + (saved if recompute else 0.0)
+        most[d] = max(most[d], of_one)
+        if b < num_layers:
+            other = layers[b, HOME]
+            crossing = problem.input_bytes[b]
+            lag_s[s, 0] = problem.latency_s[d, other] + crossing * problem.byte_s[d, other]
+            lag_s[s + 1, 1] = problem.latency_s[other, d] + crossing * problem.byte_s[other, d]
+    memory -= most
+    for s in range(num_stages - 1, -1, -1):
+        for other in range(s + 1, num_stages):
+            if home[other] == home[s]:
+                later[s] = room[other] + later[other]
+                break
+    return Stages(home, seconds, lag_s, room, kept, later, window, whole), memory

@@ -1,0 +1,23 @@
+"""Functions compiled to machine code, once for all processes: the search simulates many steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+
+_FOLDER = Path(__file__).parent
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function of this folder; it lets other threads run.
+
+    Numba keeps what it compiled until the function's own file changes. It may call functions of the
+    other files, so it is compiled again when any of them has changed.
+    """
+    changed_s = max(path.stat().st_mtime for path in _FOLDER.glob("*.py"))
+    stem = Path(function.__code__.co_filename).stem
+    for path in (_FOLDER / "__pycache__").glob(f"{stem}.{function.__name__}-*.nbi"):
+        if path.stat().st_mtime < changed_s:
+            path.unlink(missing_ok=True)
+    return numba.njit(cache=True, nogil=True)(function)

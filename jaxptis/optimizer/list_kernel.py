@@ -1,0 +1,231 @@
+"""A list schedule, compiled: what a device that is free starts, for all tasks of a step.
+
+The device that can start something first is looked at next. What it could start has arrived by
+then, and what others start later arrives later: so no decision comes too early. A stage takes its
+microbatches in order; so all that must be known of it is which come next, and when they arrive.
+
+A forward starts only if its device has room, after it, for the same microbatch in all later stages
+that it has. Of the microbatches on their way forward the one that has gone furthest so finds room
+once those on their way back are done: no rule leads into a deadlock.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxptis.optimizer.compiled import compiled
+
+F, B, I, W = range(4)  # noqa: E741
+OLDEST, DEEPEST, SHALLOWEST = range(3)
+"""Which of several stages goes first: that of the oldest microbatch, the last one, the first."""
+
+
+class Rule(NamedTuple):
+    """What a device that is free starts, of what it can.
+
+    Attributes:
+        alternate: whether a forward goes before a backward if the last one was a backward; else
+            backwards go first.
+        forward_order: which stage's forward goes first.
+        backward_order: likewise.
+        patience: a weight gradient is not started if something else arrives within this fraction
+            of it.
+    """
+
+    alternate: bool
+    forward_order: int
+    backward_order: int
+    patience: float
+
+
+class Stages(NamedTuple):
+    """The stages of a candidate.
+
+    Attributes:
+        home: [S] their devices.
+        seconds: [S, 4] of their tasks, on their devices.
+        lag_s: [S, 2] until what a forward makes is at the next stage, and what a backward makes at
+            the one before.
+        room: [S] bytes that a microbatch has from its forward to its backward.
+        kept: [S] bytes of these that it has from I to W.
+        later: [S] bytes that later stages of the device need of it.
+        window: [S] the most microbatches between forward and backward.
+        whole: [S] whether backwards are whole.
+    """
+
+    home: np.ndarray
+    seconds: np.ndarray
+    lag_s: np.ndarray
+    room: np.ndarray
+    kept: np.ndarray
+    later: np.ndarray
+    window: np.ndarray
+    whole: np.ndarray
+
+
+@compiled
+def _first_time(
+    d: int, now_s: float, stages: Stages, on: np.ndarray, count: np.ndarray, state: tuple
+) -> float:
+    """Return when device d can start something: never earlier than it is free."""
+    done, arrival_s, held, memory, num_microbatches = state
+    first_s = np.inf
+    for k in range(count[d]):
+        s = on[d, k]
+        if done[s, W] < done[s, I]:
+            return now_s
+        m = done[s, B]
+        if m < num_microbatches and arrival_s[s, 1, m] < first_s:
+            first_s = arrival_s[s, 1, m]
+        m = done[s, F]
+        if (
+            m < num_microbatches
+            and arrival_s[s, 0, m] < first_s
+            and m - done[s, B] < stages.window[s]
+            and held[d] + stages.room[s] + stages.later[s] <= memory[d]
+        ):
+            first_s = arrival_s[s, 0, m]
+    return max(first_s, now_s)
+
+
+@compiled
+def list_step_s(
+    stages: Stages,
+    memory: np.ndarray,
+    num_microbatches: int,
+    rule: Rule,
+    limit_s: float,
+    order: np.ndarray,
+) -> tuple[float, int]:
+    """Return the seconds of a step, infinite as soon as it is known to be longer than `limit_s`.
+
+    And the number of tasks that were looked at.
+
+    Args:
+        stages: to run.
+        memory: [P] bytes that devices have for microbatches.
+        num_microbatches: of the step.
+        rule: what goes first.
+        limit_s: see above.
+        order: [N, 3] filled with stage, kind and microbatch of all tasks, in the order in which
+            they start, if it has room for them.
+    """
+    home, seconds = stages.home, stages.seconds
+    num_stages, num_devices, M = len(home), len(memory), num_microbatches
+    on = np.empty((num_devices, num_stages), np.int64)
+    count = np.zeros(num_devices, np.int64)
+    left_s = np.zeros(num_devices)
+    num_left = 0
+    for s in range(num_stages):
+        d = home[s]
+        on[d, count[d]] = s
+        count[d] += 1
+        if stages.whole[s]:
+            left_s[d] += M * (seconds[s, F] + seconds[s, B])
+            num_left += 2 * M
+        else:
+            left_s[d] += M * (seconds[s, F] + seconds[s, I] + seconds[s, W])
+            num_left += 3 * M
+    for d in range(num_devices):
+        if left_s[d] > limit_s or count[d] == 0:  # every device has a stage
+            return np.inf, 0
+    done = np.zeros((num_stages, 4), np.int64)  # B counts backwards, whole or split
+    arrival_s = np.full((num_stages, 2, M), np.inf)
+    arrival_s[0, 0, :] = 0.0
+    held = np.zeros(num_devices)
+    free_s = np.zeros(num_devices)
+    next_s = np.zeros(num_devices)
+    was_backward = np.zeros(num_devices, np.bool_)
+    state = (done, arrival_s, held, memory, M)
+    for d in range(num_devices):
+        next_s[d] = _first_time(d, 0.0, stages, on, count, state)
+    records = len(order) >= num_left
+    position = 0
+    while num_left:
+        d = 0
+        for other in range(1, num_devices):
+            if next_s[other] < next_s[d]:
+                d = other
+        now_s = next_s[d]
+        if now_s + left_s[d] > limit_s * (1 + 1e-12) or now_s == np.inf:
+            return np.inf, position
+        # What could start now, and what goes first of it.
+        forward, backward, weight = -1, -1, -1
+        crowded = False  # a forward waits for memory
+        soon_s = np.inf
+        for k in range(count[d]):
+            s = on[d, k]
+            if weight < 0 and done[s, W] < done[s, I]:
+                weight = s
+            m = done[s, B]
+            if m < M and arrival_s[s, 1, m] <= now_s:
+                if backward < 0 or _goes_first(s, m, backward, done[backward, B], rule[2]):
+                    backward = s
+            elif m < M:
+                soon_s = min(soon_s, arrival_s[s, 1, m])
+            m = done[s, F]
+            if m < M and m - done[s, B] < stages.window[s]:
+                if held[d] + stages.room[s] + stages.later[s] > memory[d]:
+                    crowded = crowded or arrival_s[s, 0, m] <= now_s
+                elif arrival_s[s, 0, m] <= now_s:
+                    if forward < 0 or _goes_first(s, m, forward, done[forward, F], rule[1]):
+                        forward = s
+                else:
+                    soon_s = min(soon_s, arrival_s[s, 0, m])
+        turn = was_backward[d] and rule.alternate
+        if forward >= 0 and (turn or backward < 0):
+            s, kind = forward, F
+        elif weight >= 0 and (backward < 0 or (turn and crowded)):
+            s, kind = weight, W
+            if soon_s - now_s < rule.patience * seconds[s, W] and not crowded:
+                next_s[d] = soon_s
+                continue
+        else:
+            s, kind = backward, B if stages.whole[backward] else I
+        m = done[s, kind] if kind != I else done[s, B]
+        if records:
+            order[position, 0], order[position, 1], order[position, 2] = s, kind, m
+        position += 1
+        num_left -= 1
+        end_s = now_s + seconds[s, kind]
+        free_s[d] = end_s
+        left_s[d] -= seconds[s, kind]
+        other = -1
+        if kind == F:
+            done[s, F] += 1
+            held[d] += stages.room[s]
+            was_backward[d] = False
+            if s + 1 < num_stages:
+                other = home[s + 1]
+                arrival_s[s + 1, 0, m] = end_s + stages.lag_s[s, 0]
+            else:
+                arrival_s[s, 1, m] = end_s
+        elif kind == W:
+            done[s, W] += 1
+            held[d] -= stages.kept[s]
+        else:
+            done[s, B] += 1
+            was_backward[d] = True
+            if kind == I:
+                done[s, I] += 1
+                held[d] -= stages.room[s] - stages.kept[s]
+            else:
+                held[d] -= stages.room[s]
+            if s:
+                other = home[s - 1]
+                arrival_s[s - 1, 1, m] = end_s + stages.lag_s[s, 1]
+        next_s[d] = _first_time(d, end_s, stages, on, count, state)
+        if other >= 0 and other != d:
+            next_s[other] = _first_time(other, free_s[other], stages, on, count, state)
+    step_s = 0.0
+    for d in range(num_devices):
+        step_s = max(step_s, free_s[d])
+    return step_s, position
+
+
+@compiled
+def _goes_first(s: int, m: int, other: int, other_m: int, order: int) -> bool:
+    """Whether stage s with microbatch m goes before another, which stands before it."""
+    if order == OLDEST:
+        return m < other_m
+    return order == DEEPEST

@@ -1,0 +1,100 @@
+"""What a plan is searched for: costs of layers, devices and microbatches, as arrays.
+
+Sums over the layers of a stage are differences of running sums, so that the tables of a candidate
+are made without a loop over layers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from jaxptis.cluster import Cluster
+from jaxptis.performance.costs import Costs, LayerCost
+
+F, B, I, W, AGAIN = range(5)  # noqa: E741
+"""Columns of seconds; AGAIN is what B or I takes more in a stage that recomputes all."""
+SAVED, KEPT, LASTING = range(3)
+"""Columns of bytes: from F to its backward, from I to W, for the whole step."""
+
+_SECONDS = ("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s")
+
+
+class Problem(NamedTuple):
+    """L layers on P devices.
+
+    Attributes:
+        seconds: [L + 1, 5] running sums, of the columns F, B, I, W and AGAIN.
+        held: [L + 1, 3] running sums of bytes, of the columns SAVED, KEPT and LASTING. A layer
+            saves its input, too.
+        input_bytes: [L] what each layer reads of the one before.
+        temporary_bytes: [L] the most that one of its programs needs.
+        start_s: seconds that every task takes beside its layers.
+        speed: [P] of devices; 0.5 takes twice as long.
+        memory: [P] bytes; infinite if nothing limits them.
+        latency_s: [P, P] of links, by source and target.
+        byte_s: [P, P] seconds that a byte takes.
+        num_microbatches: of the step.
+        trains_first: whether the first layer makes an input gradient.
+    """
+
+    seconds: np.ndarray
+    held: np.ndarray
+    input_bytes: np.ndarray
+    temporary_bytes: np.ndarray
+    start_s: float
+    speed: np.ndarray
+    memory: np.ndarray
+    latency_s: np.ndarray
+    byte_s: np.ndarray
+    num_microbatches: int
+    trains_first: bool
+
+    @classmethod
+    def of(cls, costs: Costs, cluster: Cluster, num_microbatches: int) -> Self:
+        """Return the arrays. Tied parameters count where the first of their layers is."""
+        devices = range(len(cluster.devices))
+        links = [[cluster.link_between(source, target) for target in devices] for source in devices]
+        lasting = {layer.name: _lasting(layer) for layer in costs.layers}
+        for tied in costs.tied:
+            for name in tied.layers:
+                lasting[name] += tied.param_bytes + tied.grad_bytes
+            lasting[tied.layers[0]] += tied.state_bytes
+        return cls(
+            seconds=_running([[getattr(x, name) for name in _SECONDS] for x in costs.layers]),
+            held=_running(
+                [
+                    [x.saved_bytes + x.input_bytes, x.kept_bytes, lasting[x.name]]
+                    for x in costs.layers
+                ]
+            ),
+            input_bytes=_column(costs, lambda x: x.input_bytes),
+            temporary_bytes=_column(costs, lambda x: x.temporary_bytes),
+            start_s=costs.start_s,
+            speed=np.array([device.speed for device in cluster.devices]),
+            memory=np.array([float(x.memory_bytes or np.inf) for x in cluster.devices]),
+            latency_s=np.array([[link.latency_s for link in row] for row in links]),
+            byte_s=np.array([[1 / link.bytes_per_s for link in row] for row in links]),
+            num_microbatches=num_microbatches,
+            trains_first=costs.makes_input_grad(range(1)),
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.input_bytes)
+
+    @property
+    def num_devices(self) -> int:
+        return len(self.speed)
+
+
+def _running(rows: list[list[float]]) -> np.ndarray:
+    return np.concatenate([np.zeros((1, len(rows[0]))), np.cumsum(np.array(rows, float), axis=0)])
+
+
+def _column(costs: Costs, number: Callable[[LayerCost], int]) -> np.ndarray:
+    return np.array([float(number(layer)) for layer in costs.layers])
+
+
+def _lasting(layer: LayerCost) -> int:
+    return layer.param_bytes + layer.grad_bytes + layer.state_bytes

@@ -1,0 +1,89 @@
+"""Draw candidates: partitions that are about even, placements in legs, any rule."""
+
+import numpy as np
+
+from jaxptis.optimizer.anneal import step_s_of
+from jaxptis.optimizer.candidate import HOME, WINDOW, Candidate
+from jaxptis.optimizer.compiled import compiled
+from jaxptis.optimizer.list_kernel import Rule
+from jaxptis.optimizer.problem import B, F, Problem
+
+LOOPS, ZIGZAG, SHUFFLED, NUM_PLACEMENTS = range(4)
+"""A leg has a stage on each device: always from the first to the last, or up and down, or each leg
+in an order of its own."""
+
+_NOISE = np.array([0.0, 0.1, 0.3, 0.6])  # of the logarithm of a stage's share
+
+
+@compiled
+def sample(
+    problem: Problem, num: int, max_stages: int, num_kept: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw candidates, and keep the best, no two of one length.
+
+    Args:
+        problem: what to plan.
+        num: how many to draw.
+        max_stages: of a candidate.
+        num_kept: how many to keep.
+        seed: of what is drawn.
+
+    Returns:
+        [num_kept, L, 4] layers, [num_kept, 4] rules, and [num_kept] seconds, infinite where fewer
+        were found.
+    """
+    np.random.seed(seed)
+    L, M = len(problem.input_bytes), problem.num_microbatches
+    no_order = np.empty((0, 3), np.int64)
+    work_s = problem.seconds[:, F] + problem.seconds[:, B]
+    kept = np.zeros((num_kept, L, 4), np.int64)
+    rules = np.zeros((num_kept, 4))
+    steps_s = np.full(num_kept, np.inf)
+    layers = np.zeros((L, 4), np.int64)
+    layers[:, WINDOW] = M
+    for _ in range(num):
+        _draw(layers, work_s, problem.speed, max_stages)
+        rule = Rule(
+            np.random.random() < 0.6,
+            np.random.randint(0, 3),
+            np.random.randint(0, 3),
+            0.25 * np.random.randint(0, 4),
+        )
+        worst = np.argmax(steps_s)
+        step_s, _ = step_s_of(problem, Candidate(layers, rule), steps_s[worst], no_order)
+        if step_s < steps_s[worst] and np.min(np.abs(steps_s - step_s)) > 1e-9 * step_s:
+            kept[worst] = layers
+            steps_s[worst] = step_s
+            rules[worst, 0] = rule.alternate
+            rules[worst, 1] = rule.forward_order
+            rules[worst, 2] = rule.backward_order
+            rules[worst, 3] = rule.patience
+    return kept, rules, steps_s
+
+
+@compiled
+def _draw(layers: np.ndarray, work_s: np.ndarray, speed: np.ndarray, max_stages: int) -> None:
+    """Give every layer a device."""
+    L, P = len(layers), len(speed)
+    num_stages = np.random.randint(P, max_stages + 1)
+    if np.random.random() < 0.7:  # whole legs
+        num_stages -= num_stages % P
+    placement = np.random.randint(0, NUM_PLACEMENTS)
+    noise = _NOISE[np.random.randint(0, len(_NOISE))]
+    leg = np.random.permutation(P) if placement == SHUFFLED else np.arange(P)
+    home = np.empty(num_stages, np.int64)
+    share = np.empty(num_stages)
+    for s in range(num_stages):
+        if s and s % P == 0:
+            if placement == ZIGZAG:
+                leg = leg[::-1].copy()
+            elif placement == SHUFFLED:
+                leg = np.random.permutation(P)
+        home[s] = leg[s % P]
+        share[s] = speed[home[s]] * np.exp(noise * np.random.randn())
+    ends_s = np.cumsum(share) / np.sum(share) * work_s[L]
+    s = 0
+    for layer in range(L):
+        while s < num_stages - 1 and work_s[layer] + work_s[layer + 1] > 2 * ends_s[s]:
+            s += 1
+        layers[layer, HOME] = home[s]

@@ -1,0 +1,90 @@
+"""Search for short steps: draw many candidates, then change the best of them again and again."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from jaxptis.optimizer.anneal import Limits, anneal
+from jaxptis.optimizer.candidate import Candidate
+from jaxptis.optimizer.list_kernel import Rule
+from jaxptis.optimizer.problem import Problem
+from jaxptis.optimizer.sample import sample
+
+TASKS_PER_S = 10_000_000
+"""What a core simulates, roughly. A search simulates a number of tasks, not for a time: so what it
+finds does not depend on the machine."""
+
+_DRAWN, _KEPT = 0.2, 16  # the fraction of the search that draws, and how many are kept of it
+_HEATS = 0.02, 0.02, 0.015, 0.01  # of the rounds; each keeps a third of the candidates
+_STAGES_PER_DEVICE = 6
+
+
+class Found(NamedTuple):
+    """A candidate, and the seconds of its step where transfers hold up nobody."""
+
+    step_s: float
+    candidate: Candidate
+
+
+def search(
+    problem: Problem,
+    *,
+    time_limit_s: float,
+    seed: int,
+    max_stages: int | None = None,
+    progress: Callable[[float, float], None] = lambda fraction, step_s: None,
+) -> list[Found]:
+    """Return the best candidates, the shortest first; none if nothing fits the memory.
+
+    Args:
+        problem: what to plan; as many layers as devices, or more.
+        time_limit_s: on about two cores; see `TASKS_PER_S`.
+        seed: the same seed finds the same.
+        max_stages: of a plan.
+        progress: is told how much is done, and the seconds of the best so far.
+    """
+    most = min(problem.num_layers, max_stages or _STAGES_PER_DEVICE * problem.num_devices)
+    num_tasks = int(time_limit_s * TASKS_PER_S)
+    found = _drawn(problem, int(_DRAWN * num_tasks), most, seed)
+    progress(_DRAWN, found[0].step_s if found else float("inf"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, heat in enumerate(_HEATS):
+            best = found[: max(2, _KEPT // 3**number)]
+            share = int((1 - _DRAWN) * 2 * num_tasks / len(_HEATS) / max(1, len(best)))
+
+            def change(each: Found, k: int, heat: float = heat, share: int = share) -> Found:
+                limits = Limits(most, share)
+                candidate, step_s = anneal(problem, each.candidate, limits, heat, seed + k)
+                return Found(step_s, candidate)
+
+            numbers = range(1000 * (number + 1), 1000 * (number + 1) + len(best))
+            found = _distinct([*pool.map(change, best, numbers), *found])
+            done = _DRAWN + (1 - _DRAWN) * (number + 1) / len(_HEATS)
+            progress(done, found[0].step_s if found else float("inf"))
+    return found
+
+
+def _drawn(problem: Problem, num_tasks: int, max_stages: int, seed: int) -> list[Found]:
+    # Most of those drawn are given up after a tenth of their tasks.
+    num = max(1000, 10 * num_tasks // (3 * problem.num_microbatches * max_stages))
+    drawn = sample(problem, num, max_stages, _KEPT, seed)
+    return _distinct(
+        [
+            Found(float(step_s), Candidate(layers, _rule(*rule)))
+            for layers, rule, step_s in zip(*drawn, strict=True)
+            if step_s < float("inf")
+        ]
+    )
+
+
+def _rule(alternate: float, forward_order: float, backward_order: float, patience: float) -> Rule:
+    return Rule(bool(alternate), int(forward_order), int(backward_order), float(patience))
+
+
+def _distinct(found: Sequence[Found]) -> list[Found]:
+    """Return those of different lengths, the shortest first."""
+    by_length: dict[float, Found] = {}
+    for each in sorted(found, key=lambda each: each.step_s):
+        by_length.setdefault(float(f"{each.step_s:.9g}"), each)
+    return list(by_length.values())

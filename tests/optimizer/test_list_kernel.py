@@ -1,0 +1,76 @@
+"""Candidates and their list schedules, beside the simulator that knows nothing of them."""
+
+from random import Random
+
+import numpy as np
+import pytest
+
+from jaxptis.cluster import Cluster
+from jaxptis.optimizer.anneal import step_s_of
+from jaxptis.optimizer.best import to_plan
+from jaxptis.optimizer.candidate import Candidate
+from jaxptis.optimizer.list_kernel import Rule
+from jaxptis.optimizer.problem import Problem
+from jaxptis.performance import Costs, LayerCost, simulate
+from tests.clusters import device
+
+NO_ORDER = np.empty((0, 3), np.int64)
+
+
+def _case(seed: int, *, memory_bytes: int | None = None) -> tuple[Costs, Cluster, Candidate, int]:
+    """Draw layers, devices, a candidate and a number of microbatches."""
+    random = Random(seed)
+    num_layers, num_devices = random.randint(3, 9), random.randint(1, 3)
+    costs = Costs(
+        tuple(
+            LayerCost(
+                name=f"layer{index}",
+                forward_s=random.randint(1, 9),
+                backward_s=random.randint(5, 15),
+                input_grad_s=random.randint(index > 0, 9) * (index > 0 or random.random() < 0.5),
+                weight_grad_s=random.randint(0, 5),
+                recompute_s=random.randint(0, 9),
+                input_bytes=random.randint(0, 5) * (index > 0 and memory_bytes is None),
+                saved_bytes=random.randint(0, 5),
+            )
+            for index in range(num_layers)
+        ),
+        start_s=random.randint(0, 1),
+    )
+    devices = (
+        device(speed=random.choice([0.5, 1.0]), memory_bytes=memory_bytes)
+        for _ in range(num_devices)
+    )
+    num_microbatches = random.randint(1, 5)
+    homes = list(range(num_devices)) + random.choices(range(num_devices), k=num_layers)
+    layers = np.zeros((num_layers, 4), np.int64)
+    layers[:, 0] = random.sample(homes[:num_layers], num_layers)
+    layers[:, 1] = random.choices(range(1, num_microbatches + 1), k=num_layers)
+    layers[:, 2:] = np.reshape(random.choices([0, 1], k=2 * num_layers), (-1, 2))
+    rule = Rule(random.random() < 0.5, random.randint(0, 2), random.randint(0, 2), 0.0)
+    return costs, Cluster(tuple(devices)), Candidate(layers, rule), num_microbatches
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_step_takes_what_the_simulator_says(seed: int) -> None:
+    costs, cluster, candidate, num_microbatches = _case(seed)
+    problem = Problem.of(costs, cluster, num_microbatches)
+    step_s, _ = step_s_of(problem, candidate, np.inf, NO_ORDER)
+    plan = to_plan(problem, candidate, [layer.name for layer in costs.layers])  # is checked
+    assert step_s == pytest.approx(simulate(plan, costs, cluster).step_s, rel=1e-12)
+    # A limit below it is found out, the step itself is none.
+    assert step_s_of(problem, candidate, step_s * (1 - 1e-9), NO_ORDER)[0] == np.inf
+    assert step_s_of(problem, candidate, step_s, NO_ORDER)[0] == step_s
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_memory_is_kept_or_there_is_no_step(seed: int) -> None:
+    """Of stages that read nothing: the search leaves out what has arrived and waits."""
+    costs, cluster, candidate, num_microbatches = _case(seed, memory_bytes=40)
+    problem = Problem.of(costs, cluster, num_microbatches)
+    step_s, _ = step_s_of(problem, candidate, np.inf, NO_ORDER)
+    if step_s == np.inf:
+        return
+    plan = to_plan(problem, candidate, [layer.name for layer in costs.layers])
+    for curve in simulate(plan, costs, cluster).memory:
+        assert curve.peak_bytes <= 40
