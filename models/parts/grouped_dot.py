@@ -3,6 +3,7 @@
 Shapes: A rows, E groups, D width of a row, F width of a result, L rows of a block.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,12 +13,16 @@ import jax.numpy as jnp
 
 T = TypeVar("T")
 
+# With as few rows in a block, matrices are read for longer than they are multiplied; and a batched
+# matmul reads them once, where a loop copies them.
+_FEW_ROWS = 32
+
 
 def grouped_dot(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Multiplies the first sizes_E[0] rows by w_EDF[0], the next sizes_E[1] by w_EDF[1], and so on.
 
     This is jax.lax.ragged_dot. But that, on a CPU, multiplies all rows by all matrices; so where
-    CPUs are JAX's default, this has a loop over the groups.
+    CPUs are JAX's default, this has a loop over the groups, or, with few rows in each, one matmul.
     """
     if jax.default_backend() == "cpu":
         return _grouped_dot(x_AD, w_EDF, sizes_E)
@@ -50,38 +55,74 @@ def _multiply(
 ) -> jax.Array:
     """Returns every row times the matrix of its group, or times the transpose of it."""
     num_rows, length = x_AD.shape[0], _block_length(x_AD, sizes_E)
+    dot = functools.partial(jnp.einsum, subscripts)
+    zeros_AF = jnp.zeros((num_rows, width), x_AD.dtype)
+
+    def at_once() -> jax.Array:
+        rows_EL = _rows_of_groups(sizes_E, length, num_rows)
+        y_ELF = jax.vmap(dot)(x_AD.at[rows_EL].get(mode="clip"), w_EDF)
+        return zeros_AF.at[rows_EL].set(y_ELF, mode="drop")
 
     def add_group(y_AF: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         w_DF, begin, end = group
 
         def add_block(y_AF: jax.Array, row: jax.Array, is_own_L1: jax.Array) -> jax.Array:
             x_LD, y_LF = (jax.lax.dynamic_slice_in_dim(a, row, length) for a in (x_AD, y_AF))
-            y_LF = jnp.where(is_own_L1, jnp.einsum(subscripts, x_LD, w_DF), y_LF)
+            y_LF = jnp.where(is_own_L1, dot(x_LD, w_DF), y_LF)
             return jax.lax.dynamic_update_slice_in_dim(y_AF, y_LF, row, axis=0)
 
         return _over_blocks(add_block, y_AF, begin, end, length, num_rows), None
 
-    zeros_AF = jnp.zeros((num_rows, width), x_AD.dtype)
-    return jax.lax.scan(add_group, zeros_AF, (w_EDF, *_edges(sizes_E)))[0]
+    def in_a_loop() -> jax.Array:
+        return jax.lax.scan(add_group, zeros_AF, (w_EDF, *_edges(sizes_E)))[0]
+
+    return _quickest(at_once, in_a_loop, sizes_E, length)
 
 
 def _contract(x_AD: jax.Array, dy_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Returns x^T dy over the rows of each group, (E, D, F)."""
     num_rows, length = x_AD.shape[0], _block_length(x_AD, sizes_E)
+    dot = functools.partial(jnp.einsum, "LD,LF->DF", preferred_element_type=jnp.float32)
+
+    def at_once() -> jax.Array:
+        rows_EL = _rows_of_groups(sizes_E, length, num_rows)
+        x_ELD = x_AD.at[rows_EL].get(mode="fill", fill_value=0)
+        return jax.vmap(dot)(x_ELD, dy_AF.at[rows_EL].get(mode="clip")).astype(x_AD.dtype)
 
     def of_group(_: None, group: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         begin, end = group
 
         def add_block(sum_DF: jax.Array, row: jax.Array, is_own_L1: jax.Array) -> jax.Array:
             x_LD, dy_LF = (jax.lax.dynamic_slice_in_dim(a, row, length) for a in (x_AD, dy_AF))
-            x_LD = jnp.where(is_own_L1, x_LD, 0)
-            return sum_DF + jnp.einsum("LD,LF->DF", x_LD, dy_LF, preferred_element_type=jnp.float32)
+            return sum_DF + dot(jnp.where(is_own_L1, x_LD, 0), dy_LF)
 
         zeros_DF = jnp.zeros((x_AD.shape[1], dy_AF.shape[1]), jnp.float32)
         sum_DF = _over_blocks(add_block, zeros_DF, begin, end, length, num_rows)
         return None, sum_DF.astype(x_AD.dtype)
 
-    return jax.lax.scan(of_group, None, _edges(sizes_E))[1]
+    def in_a_loop() -> jax.Array:
+        return jax.lax.scan(of_group, None, _edges(sizes_E))[1]
+
+    return _quickest(at_once, in_a_loop, sizes_E, length)
+
+
+def _quickest(
+    at_once: Callable[[], jax.Array],
+    in_a_loop: Callable[[], jax.Array],
+    sizes_E: jax.Array,
+    length: int,
+) -> jax.Array:
+    """Returns the result of `at_once` if blocks are short and no group exceeds one."""
+    if length > _FEW_ROWS:
+        return in_a_loop()
+    return jax.lax.cond(sizes_E.max() <= length, at_once, in_a_loop)
+
+
+def _rows_of_groups(sizes_E: jax.Array, length: int, num_rows: int) -> jax.Array:
+    """Returns the numbers of the rows (E, L) of each group; A where it has fewer."""
+    begins_E, ends_E = _edges(sizes_E)
+    rows_EL = begins_E[:, None] + jnp.arange(length)
+    return jnp.where(rows_EL < ends_E[:, None], rows_EL, num_rows)
 
 
 def _over_blocks(

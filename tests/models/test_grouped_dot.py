@@ -5,8 +5,16 @@ import pytest
 
 from models.parts.grouped_dot import grouped_dot
 
-# As many as a block and more, groups without rows, all rows in one group, a row without a group.
-SIZES = [(7, 3, 4, 6), (0, 20, 0, 0), (0, 0, 0, 20), (13, 0, 6, 0), (1, 0, 0, 0), (0, 0, 0, 1)]
+# As many as a block of 16 and more, groups without rows, all rows in one group, a row without one.
+SIZES = [
+    (7, 3, 4, 6),
+    (0, 20, 0, 0),
+    (0, 0, 0, 20),
+    (1, 0, 19, 0),
+    (13, 0, 6, 0),
+    (1, 0, 0, 0),
+    (0, 0, 0, 1),
+]
 
 
 def inputs(sizes, num_rows, dtype=np.float32):
@@ -38,6 +46,14 @@ def test_the_product_and_its_gradients_are_those_of_every_group(sizes, num_rows)
     for ours, expected in zip(found, one_group_after_the_other(*case), strict=True):
         # The same sums in float32.
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_many_rows_have_the_product_and_gradients_of_few():
+    case = inputs((0, 7, 90, 3), 101)  # in blocks of 48
+    found = jax.jit(product_and_gradients)(*case)
+    for ours, expected in zip(found, one_group_after_the_other(*case), strict=True):
+        # The same sums in float32, of up to 90 terms.
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_single_row_has_a_product_and_gradients():
