@@ -9,14 +9,12 @@ experiments.measure_layers, `trainer.costs.save` or a person has written. The st
 the executor runs it: a device takes part in its transfers, and both ends wait until one is over.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import pathlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,6 +28,7 @@ from experiments.chosen_costs import DEVICE, OPTIMIZER, device_spec, make_optimi
 from experiments.chosen_model import MODEL, SIZE
 from experiments.model_layers import layers_of
 from experiments.predicted_step import PredictedStep, report, to_json
+from experiments.refused import refused_plainly
 from jaxptis.cluster import DEVICE_SPECS, Cluster, DeviceSpec, Link
 from jaxptis.make_plan import make_plan
 from jaxptis.performance import Costs, simulate
@@ -209,15 +208,6 @@ def why_it_does_not_fit(step: PredictedStep) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-@contextlib.contextmanager
-def refused_plainly() -> Iterator[None]:
-    """Ends the program with what is wrong with its input, and without a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        sys.exit(str(error))
 
 
 def settings() -> Json:

@@ -24,6 +24,7 @@ import jaxptis
 from experiments import distributed
 from experiments.chosen_model import MODEL, SIZE
 from experiments.corpus import Corpus, as_bytes, load_corpus, sample_batch, spread_batches
+from experiments.refused import refused_plainly
 from experiments.report import History, report
 from experiments.tokenizer import read_tokenizer
 from models import MODELS, Model
@@ -122,9 +123,10 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
     devices = distributed.join(NUM_DEVICES.value)
-    model, module, params = make_model()
-    corpus = load_corpus(make_encode())
-    check_vocabulary(corpus, module.config.vocab_size)
+    with refused_plainly():
+        model, module, params = make_model()
+        corpus = load_corpus(make_encode())
+        check_vocabulary(corpus, module.config.vocab_size)
     pipeline = jaxptis.pipeline(
         num_microbatches=NUM_MICROBATCHES.value,
         devices=devices,

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 import math
 import warnings
 
@@ -8,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from safetensors.numpy import load_file, save_file
 
 from models.hugging_face import nemotron_h as hugging_face
+from models.load import load
 from models.nemotron_h import SIZES, NemotronH
 from models.parts.mamba import Mamba, chunk_scan
+from models.save import save
 from tests.models.small import NEMOTRON_H as SMALL
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -169,10 +173,9 @@ def mamba(x, p, c):
     batch, T, _ = x.shape
     N, H, G, S = c.num_mamba_heads, c.mamba_head_width, c.num_mamba_groups, c.state_width
     widths = np.cumsum([N * H, N * H, G * S, G * S])
-    projected = norm(x, p["norm"]["scale"]) @ p["in"]["kernel"]
-    z, xBC, dt = np.split(projected, [widths[0], widths[3]], axis=-1)
-    kernel, K = p["convolution"]["kernel"][:, 0], c.convolution_width
-    convolved = np.zeros_like(xBC) + p["convolution"]["bias"]
+    z, xBC, dt = np.split(x @ p["in_proj.weight"].T, [widths[0], widths[3]], axis=-1)
+    kernel, K = p["conv1d.weight"][:, 0], c.convolution_width
+    convolved = np.zeros_like(xBC) + p["conv1d.bias"]
     for t in range(T):
         for back in range(min(K, t + 1)):
             convolved[:, t] += xBC[:, t - back] * kernel[:, K - 1 - back]
@@ -182,39 +185,96 @@ def mamba(x, p, c):
     dt = np.log1p(np.exp(dt + p["dt_bias"]))
     y = one_after_the_other(x, dt, -np.exp(p["A_log"]), B, C) + p["D"][:, None] * x
     gated = y.reshape(z.shape) * silu(z)
-    return norm(gated, p["gated_norm"]["scale"], groups=G) @ p["out"]["kernel"]
+    return norm(gated, p["norm.weight"], groups=G) @ p["out_proj.weight"].T
 
 
 def attention(x, p, c):
-    x = norm(x, p["norm"]["scale"])
-    q, k, v = (
-        np.einsum("btd,dnh->bnth", x, p[name]["kernel"]) for name in ("query", "key", "value")
-    )
+    def heads(name, number):
+        return (x @ p[f"{name}_proj.weight"].T).reshape(*x.shape[:2], number, -1).swapaxes(1, 2)
+
+    q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
     k, v = (np.repeat(a, c.num_heads // c.num_kv_heads, axis=1) for a in (k, v))
     scores = q @ k.swapaxes(-1, -2) / np.sqrt(c.head_width)
     weights = np.exp(scores) * np.tri(x.shape[1])
     out = (weights / weights.sum(-1, keepdims=True)) @ v
-    return np.einsum("bnth,nhd->btd", out, p["out"]["kernel"])
+    return out.swapaxes(1, 2).reshape(*x.shape[:2], -1) @ p["o_proj.weight"].T
 
 
 def mlp(x, p, c):
-    up = norm(x, p["norm"]["scale"]) @ p["up"]["kernel"]
-    return np.maximum(up, 0) ** 2 @ p["down"]["kernel"]
+    return np.maximum(x @ p["up_proj.weight"].T, 0) ** 2 @ p["down_proj.weight"].T
 
 
-def reference_logits(params, c):
-    """The equations of the whole model, in float64."""
-    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["params"])
-    x = p["embed"]["embedding"][TOKENS_BT]
+def stored_shapes(c):
+    """The shape of every tensor of a checkpoint, as PyTorch has them."""
+    D, inner = c.model_width, c.num_mamba_heads * c.mamba_head_width
+    channels = inner + 2 * c.num_mamba_groups * c.state_width
+    q, kv = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
+    mixers = {
+        "M": {
+            "in_proj.weight": (inner + channels + c.num_mamba_heads, D),
+            "conv1d.weight": (channels, 1, c.convolution_width),
+            "conv1d.bias": (channels,),
+            **dict.fromkeys(("dt_bias", "A_log", "D"), (c.num_mamba_heads,)),
+            "norm.weight": (inner,),
+            "out_proj.weight": (D, inner),
+        },
+        "*": {
+            "q_proj.weight": (q, D),
+            "k_proj.weight": (kv, D),
+            "v_proj.weight": (kv, D),
+            "o_proj.weight": (D, q),
+        },
+        "-": {"up_proj.weight": (c.mlp_width, D), "down_proj.weight": (D, c.mlp_width)},
+    }
+    shapes = {
+        "backbone.embeddings.weight": (c.vocab_size, D),
+        "backbone.norm_f.weight": (D,),
+        "lm_head.weight": (c.vocab_size, D),
+    }
     for i, letter in enumerate(c.pattern):
+        shapes[f"backbone.layers.{i}.norm.weight"] = (D,)
+        for name, shape in mixers[letter].items():
+            shapes[f"backbone.layers.{i}.mixer.{name}"] = shape
+    return shapes
+
+
+def reference_logits(tensors, c):
+    """The equations of the whole model, in float64, on the tensors of a checkpoint."""
+    p = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
+    x = p["backbone.embeddings.weight"][TOKENS_BT]
+    for i, letter in enumerate(c.pattern):
+        prefix = f"backbone.layers.{i}.mixer."
+        own = {name.removeprefix(prefix): p[name] for name in p if name.startswith(prefix)}
         mixer = {"M": mamba, "*": attention, "-": mlp}[letter]
-        x = x + mixer(x, p[f"layers_{i}"][mixer.__name__], c)
-    return norm(x, p["norm"]["scale"]) @ p["head"]["kernel"]
+        x = x + mixer(norm(x, p[f"backbone.layers.{i}.norm.weight"]), own, c)
+    return norm(x, p["backbone.norm_f.weight"]) @ p["lm_head.weight"].T
 
 
-def test_logits_equal_the_equations():
-    logits = compiled(SMALL)(PARAMS, TOKENS_BT)
-    np.testing.assert_allclose(logits, reference_logits(PARAMS, SMALL), rtol=1e-4, atol=1e-4)
+def test_a_checkpoint_has_the_logits_of_the_equations(tmp_path):
+    """12 positions, where a chunk has 5. Transformers 4.57 has no Nemotron-H."""
+    rng = np.random.default_rng(1)
+    tensors = {
+        name: np.float32(rng.normal(scale=0.2, size=shape) + (len(shape) == 1))
+        for name, shape in stored_shapes(SMALL).items()
+    }
+    (tmp_path / "config.json").write_text(json.dumps(hugging_face.write_config(SMALL)))
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = load(tmp_path)
+    params = jax.tree.map(np.asarray, loaded.params)
+    expected_BTV = reference_logits(tensors, SMALL)
+    logits_BTV = jax.jit(loaded.module.apply)({"params": params}, TOKENS_BT)
+    assert np.abs(expected_BTV).max() > 1
+    np.testing.assert_allclose(logits_BTV, expected_BTV, rtol=1e-4, atol=1e-4)
+    # Of a sequence that is padded behind, what is before the padding.
+    padded_BT = TOKENS_BT.copy()
+    padded_BT[1, 7:] = 0
+    logits_BTV = np.asarray(jax.jit(loaded.module.apply)({"params": params}, padded_BT))
+    np.testing.assert_allclose(logits_BTV[1, :7], expected_BTV[1, :7], rtol=1e-4, atol=1e-4)
+
+    save(tmp_path / "back", loaded.module, params)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
 
 
 def test_logits_are_the_product_of_their_factors():
