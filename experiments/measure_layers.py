@@ -11,6 +11,8 @@ file is one that `jaxptis.pipeline(costs=...)` takes.
 import dataclasses
 import functools
 import pathlib
+import shlex
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -114,7 +116,10 @@ def find_costs(console: Console) -> tuple[Costs, dict[str, dict[str, float]]]:
         state_bytes=state_bytes,
         track=functools.partial(bar, description="estimating"),
     )
-    settings = {flag.name: flag.value for flag in SETTINGS} | {"dtype": dtype.name}
+    settings = {flag.name: flag.value for flag in SETTINGS} | {
+        "dtype": dtype.name,
+        "command": f"python -m experiments.measure_layers {shlex.join(sys.argv[1:])}",
+    }
     if SOURCE.value == "estimated":
         return dataclasses.replace(estimated, settings=settings), {}
     measured = measure(

@@ -110,8 +110,10 @@ class Trainer:
     ) -> tuple[TrainState, Profile]:
         """Take steps and measure when each device runs each task and transfer.
 
-        A recorded step waits for each task before the next of the same device is issued, which
-        costs time; so as many steps that are not recorded are taken in between, to say how much.
+        GPUs run as they always do, under JAX's profiler, and a task is from its first kernel to its
+        last. Elsewhere a recorded step waits for each task before the next of the same device is
+        issued. Either costs time (of a trace, to begin and to read it); so as many steps that are
+        not recorded are taken in between, to say how much.
         On CPUs of several processes the devices of one process take turns: give each one device.
 
         Args:

@@ -6,11 +6,13 @@ Everywhere else a jaxpr is an open `Jaxpr` without constants: its inputs are `in
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax._src import distributed
+from jax._src.cudnn.fused_attention_stablehlo import MaskType
 from jax._src.interpreters import partial_eval
 from jax._src.lax.lax import optimization_barrier_p
 from jax.extend import core
@@ -38,6 +40,7 @@ __all__ = [
     "inline",
     "is_float",
     "least_memory",
+    "library_work",
     "located",
     "nbytes",
     "process_service",
@@ -58,6 +61,10 @@ __all__ = [
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 # Likewise, once nothing is to be differentiated any more.
 _RULES = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", remat_p.name: "jaxpr"}
+
+
+# cuDNN's, and how many matmuls, each of the size of queries with keys, one does.
+_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def trace(fun: Callable, *args: Any) -> tuple[Jaxpr, list[Any], Any]:
@@ -364,8 +371,12 @@ def scan_of(eqn: JaxprEqn) -> Scan | None:
 
 
 def sub_jaxprs(eqn: JaxprEqn) -> Iterator[Jaxpr]:
-    """Yield the jaxprs inside of `eqn`: bodies of loops, branches, calls."""
-    return iter(core.jaxprs_in_params(eqn.params))
+    """Yield the jaxprs inside of `eqn`: bodies of loops, branches, calls.
+
+    That of a kernel is none: it reads and writes memory, and is for one block.
+    """
+    is_kernel = eqn.primitive.name == "pallas_call"
+    return iter(()) if is_kernel else iter(core.jaxprs_in_params(eqn.params))
 
 
 def has_shardings(eqn: JaxprEqn) -> bool:
@@ -417,6 +428,31 @@ def is_float(aval: Any) -> bool:
 def nbytes(avals: Iterable[Any]) -> int:
     """Return the bytes that values of these types take."""
     return sum(aval.size * aval.dtype.itemsize for aval in avals)
+
+
+def library_work(eqn: JaxprEqn) -> tuple[int, int]:
+    """Return the operations, and the bytes read and written, of what a GPU has libraries for.
+
+    Also of kernels, if they say. All else is 0 and 0. Of attention with a causal mask half is done.
+    """
+    name = eqn.primitive.name
+    operands: list[Any] = [x.aval for x in (*eqn.invars, *eqn.outvars)]
+    if name == "dot_general":
+        ((contracted, _), _), lhs = eqn.params["dimension_numbers"], operands[0]
+        return 2 * operands[-1].size * math.prod(lhs.shape[d] for d in contracted), nbytes(operands)
+    if name == "conv_general_dilated":
+        kernel, spec = operands[1], eqn.params["dimension_numbers"].rhs_spec
+        flops = 2 * operands[-1].size * kernel.size // kernel.shape[spec[0]]
+        return flops, nbytes(operands)
+    if name in _ATTENTION:
+        (B, T, N, H), S = operands[0].shape, operands[1].shape[1]
+        window = eqn.params["sliding_window_length"]
+        pairs = B * N * (T * min(S, window) if window else T * S)
+        halved = not window and eqn.params["mask_type"] == MaskType.CAUSAL
+        return _ATTENTION[name] * 2 * H * pairs // (2 if halved else 1), nbytes(operands)
+    if name == "pallas_call" and eqn.params["cost_estimate"] is not None:
+        return eqn.params["cost_estimate"].flops, nbytes(operands)
+    return 0, 0
 
 
 def least_memory(platform: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jaxptis.executor.instructions import Rows, Run
 from jaxptis.executor.programs import Aval, ProgramSpec
 from jaxptis.executor.prove import Step, in_one_order, prove
 from jaxptis.executor.record import Happening, Job, record
+from jaxptis.executor.trace import Launch, happenings_of, traced
 from jaxptis.executor.transfer import Exchange, Route
 from passes import jaxprs
 
@@ -27,6 +28,7 @@ Buffer = tuple[int, str]  # a device and the name of a buffer there
 @dataclass(frozen=True)
 class _Op:
     ends: tuple[tuple[int, int], ...]  # devices of this process, and positions in their lists
+    module: str  # the name of the HLO module that it runs
     call: Callable[..., Sequence[Any]]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
@@ -68,6 +70,7 @@ class Executable:
           constants: inputs with a value that stays the same.
           consumed: inputs that the step may overwrite or free.
         """
+        self._jax_devices = compiler.devices
         self._in_turn = jax.process_count() > 1 and compiler.devices[0].platform == "cpu"
         self._begin = functools.partial(compiler.processes.begin, what)
         compiler.processes.begin(f"compiling {what}")
@@ -165,7 +168,12 @@ class Executable:
         return [slots[slot] for slot in self._outputs]
 
     def record(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Happening]]:
-        """Run the step, each instruction to its end; return its outputs, and when each was run."""
+        """Run the step; return its outputs, and when each instruction was run.
+
+        GPUs run as they do in a call, and are traced. Elsewhere each instruction is run to its end.
+        """
+        if self._jax_devices[0].platform == "gpu":
+            return self._trace(inputs)
         self._begin()
         slots = self._blank.copy()
         for slot, value in self._local(inputs):
@@ -174,6 +182,21 @@ class Executable:
         jobs = [Job(ends=op.ends, run=functools.partial(_finish, op, slots)) for op in self._ops]
         happenings = record(jobs, in_turn=self._in_turn)
         return [slots[slot] for slot in self._outputs], happenings
+
+    def _trace(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Happening]]:
+        jax.block_until_ready([value for _, value in self._local(inputs)])
+        outputs, kernels = traced(functools.partial(self, inputs))
+        launches: dict[int, list[Launch]] = collections.defaultdict(list)
+        for op in self._ops:
+            for device, position in op.ends:
+                launches[device].append(Launch(position, op.module, id(op.call)))
+        return outputs, [
+            happening
+            for device, each in launches.items()
+            for happening in happenings_of(
+                device, each, kernels.get(self._jax_devices[device].local_hardware_id, [])
+            )
+        ]
 
     def measure_peak_bytes(self, inputs: Sequence[Any]) -> tuple[int, ...]:
         """Run the step, and return for each device the most bytes that arrays took at once.
@@ -304,11 +327,12 @@ def _bind(
     call: Callable[..., Sequence[Any]]
     device, instruction = step.ends[0]
     if isinstance(instruction, Run):
-        call = programs[instruction.program].compiled
+        program = programs[instruction.program]
+        call, module = program.compiled, program.spec.kind
         written = [(device, name) for name in instruction.writes]
     else:
         assert exchange is not None
-        call = exchange
+        call, module = exchange, "transfer"
         # What arrives comes in the order in which it is sent, and has the same names.
         peers = [end for end, _ in reversed(step.ends)]
         written = [
@@ -324,6 +348,7 @@ def _bind(
             for (d, _), position in zip(step.ends, step.positions, strict=True)
             if d in local
         ),
+        module=f"jit_{module}",
         call=call,
         reads=tuple(slots[d, name] for d, each in ends for name in each.reads),
         writes=tuple(slots[buffer] for buffer in written),

@@ -1,4 +1,4 @@
-"""Carry out a step and note when each instruction starts and ends.
+"""Carry out a step and note when each instruction starts and ends; for GPUs see `trace`.
 
 Each instruction is over before its device takes the next. In one process every device has a thread
 of its own. On CPUs of several processes the devices of one process take turns, because there only

@@ -7,9 +7,11 @@ arrays of one layer of each kind are there at a time.
 """
 
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -58,7 +60,13 @@ def measure(
     if device not in jax.local_devices(backend=device.platform):
         raise ValueError(f"{device} belongs to another process; measure on a device of this one")
     kinds = kinds_of(layers)
-    programs = [each for kind in track(kinds) for each in _prepare(kind, device)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        compiling = [
+            [pool.submit(_compile, each, device) for each in kind.programs.values()]
+            for kind in kinds
+        ]
+        prepared = map(_prepare, track(kinds), compiling, [device] * len(kinds))
+        programs = [each for kind in prepared for each in kind]
     in_turn = sorted(programs, key=_place)
     ready()
     start_runs_s, *runs_s = _seconds([_empty(kinds, device), *in_turn])
@@ -88,15 +96,29 @@ def _empty(kinds: Sequence[LayerKind], device: Any) -> Callable[[], Any]:
     return functools.partial(empty.lower(*zeros).compile(), *zeros)
 
 
-def _prepare(kind: LayerKind, device: Any) -> list["_Running"]:
-    """Compile the programs of a kind, and make their arguments, and run each once."""
+def _compile(program: StageProgram, device: Any) -> Any:
+    def layer(*args: Any) -> list[Any]:
+        return jaxprs.evaluate(program.jaxpr, args)
+
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    avals = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+        for a in jaxprs.avals(program.jaxpr.invars)
+    ]
+    sums = [k for k, x in enumerate(program.reads) if x.role == Role.SUM]
+    lowered = jax.jit(layer, donate_argnums=sums).lower(*avals)
+    return lowered.compile(compiler_options=jaxprs.least_memory(device.platform))
+
+
+def _prepare(kind: LayerKind, compiling: Sequence[Future[Any]], device: Any) -> list["_Running"]:
+    """Make the arguments of the programs of a kind, and run each once."""
     values: dict[Operand, Any] = {}
     prepared = []
-    for name, program in kind.programs.items():
+    for (name, program), compiled in zip(kind.programs.items(), compiling, strict=True):
         for operand, v in zip(program.reads, program.jaxpr.invars, strict=True):
             if operand not in values:
                 values[operand] = jax.device_put(_value(operand, v.aval, kind), device)
-        running = _Running(kind.index, name, program, values, device.platform)
+        running = _Running(kind.index, name, program, values, compiled.result())
         jax.block_until_ready(running())  # what it makes, those after it read
         prepared.append(running)
     return prepared
@@ -131,20 +153,11 @@ class _Running:
         name: str,
         program: StageProgram,
         values: dict[Operand, Any],
-        platform: str,
+        compiled: Any,
     ) -> None:
         """Take arguments from `values`, in which results replace what is consumed."""
         self.kind, self.name = kind, name
-        self._program, self._values = program, values
-        sums = [k for k, x in enumerate(program.reads) if x.role == Role.SUM]
-
-        def layer(*args: Any) -> list[Any]:
-            return jaxprs.evaluate(program.jaxpr, args)
-
-        jitted = jax.jit(layer, donate_argnums=sums)
-        lowered = jitted.lower(*[values[x] for x in program.reads])
-        options = jaxprs.least_memory(platform)
-        self._compiled = lowered.compile(compiler_options=options)
+        self._program, self._values, self._compiled = program, values, compiled
 
     def __call__(self) -> list[Any]:
         results = self._compiled(*[self._values[x] for x in self._program.reads])

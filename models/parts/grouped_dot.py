@@ -11,6 +11,8 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from models.parts import grouped_kernel
+
 T = TypeVar("T")
 
 # With as few rows in a block, matrices are read for longer than they are multiplied; and a batched
@@ -21,16 +23,19 @@ _FEW_ROWS = 32
 def grouped_dot(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Multiplies the first sizes_E[0] rows by w_EDF[0], the next sizes_E[1] by w_EDF[1], and so on.
 
-    This is jax.lax.ragged_dot. But that, on a CPU, multiplies all rows by all matrices; so where
-    CPUs are JAX's default, this has a loop over the groups, or, with few rows in each, one matmul.
+    This is jax.lax.ragged_dot. But that, on a CPU and on a GPU, multiplies all rows by all
+    matrices. So where CPUs are JAX's default, this has a loop over the groups, or, with few rows in
+    each, one matmul; and where GPUs are, kernels.
     """
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() in ("cpu", "gpu"):
         return _grouped_dot(x_AD, w_EDF, sizes_E)
     return jax.lax.ragged_dot(x_AD, w_EDF, sizes_E)
 
 
 @jax.custom_vjp
 def _grouped_dot(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    if jax.default_backend() == "gpu":
+        return grouped_kernel.multiply(x_AD, w_EDF, sizes_E)
     return _multiply("LD,DF->LF", x_AD, w_EDF, sizes_E, width=w_EDF.shape[2])
 
 
@@ -43,6 +48,9 @@ def _forward(*inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
 
 def _backward(inputs: _Inputs, dy_AF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x_AD, w_EDF, sizes_E = inputs
+    if jax.default_backend() == "gpu":
+        dx_AD = grouped_kernel.multiply(dy_AF, w_EDF, sizes_E, transposed=True)
+        return dx_AD, grouped_kernel.contract(x_AD, dy_AF, sizes_E), None
     dx_AD = _multiply("LF,DF->LD", dy_AF, w_EDF, sizes_E, width=w_EDF.shape[1])
     return dx_AD, _contract(x_AD, dy_AF, sizes_E), None
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.parts import grouped_kernel
 from models.parts.grouped_dot import grouped_dot
 
 # As many as a block of 16 and more, groups without rows, all rows in one group, a row without one.
@@ -54,6 +55,34 @@ def test_many_rows_have_the_product_and_gradients_of_few():
     for ours, expected in zip(found, one_group_after_the_other(*case), strict=True):
         # The same sums in float32, of up to 90 terms.
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [20, 23])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_kernels_for_a_gpu_give_the_same(sizes, num_rows):
+    x, w, sizes, dy = case = inputs(sizes, num_rows)
+    found = (
+        grouped_kernel.multiply(x, w, sizes),
+        grouped_kernel.multiply(dy, w, sizes, transposed=True),
+        grouped_kernel.contract(x, dy, sizes),
+    )
+    for ours, expected in zip(found, one_group_after_the_other(*case), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_of_several_blocks_and_tiles():
+    rng = np.random.default_rng(0)
+    shapes = (300, 140), (3, 140, 150), (300, 150)
+    x, w, dy = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    sizes = np.array([170, 0, 130], np.int32)
+    found = (
+        grouped_kernel.multiply(x, w, sizes),
+        grouped_kernel.multiply(dy, w, sizes, transposed=True),
+        grouped_kernel.contract(x, dy, sizes),
+    )
+    for ours, expected in zip(found, one_group_after_the_other(x, w, sizes, dy), strict=True):
+        # Sums of 170 products in float32, in another order.
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_single_row_has_a_product_and_gradients():

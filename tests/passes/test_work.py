@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from models.parts import grouped_kernel
+from passes import jaxprs
 from tests.passes.on_host import count_layers, layers_of
 from tests.passes.small_models import array, mlp, tokens
 
@@ -125,3 +127,24 @@ def test_equal_layers_are_compiled_once(compilations):
 def test_layers_of_other_widths_are_not_equal(compilations):
     count_layers(chain((4, 4, 5, 5, 4), 2))
     assert len(compilations) == 2 + 3 * 4
+
+
+def test_what_a_gpu_has_libraries_for_is_counted_as_xla_counts_it_elsewhere():
+    def matmuls(x, w, kernel):
+        return jnp.einsum("bij,jk->bik", x, w), jax.lax.conv(x[:, None], kernel, (1, 1), "VALID")
+
+    args = [jnp.zeros(shape) for shape in ((3, 16, 8), (8, 5), (6, 1, 4, 3))]
+    jaxpr = jax.make_jaxpr(matmuls)(*args).jaxpr
+    counts = [jaxprs.library_work(eqn) for eqn in jaxprs.equations(jaxpr)]
+    counted = jax.jit(matmuls).lower(*args).compile().cost_analysis()
+    assert sum(flops for flops, _ in counts) == counted["flops"]
+    (matmul_bytes, convolution_bytes) = (num_bytes for _, num_bytes in counts if num_bytes)
+    assert matmul_bytes == 4 * (3 * 16 * 8 + 8 * 5 + 3 * 16 * 5)
+    assert convolution_bytes == 4 * (3 * 16 * 8 + 6 * 4 * 3 + 3 * 6 * 13 * 6)
+
+
+def test_a_kernel_counts_as_the_matmul_that_it_does():
+    args = jnp.zeros((32, 8)), jnp.zeros((4, 8, 5)), jnp.full(4, 8)
+    jaxpr = jax.make_jaxpr(grouped_kernel.multiply)(*args).jaxpr
+    counts = [jaxprs.library_work(eqn) for eqn in jaxprs.equations(jaxpr)]
+    assert sum(flops for flops, _ in counts) == 2 * 32 * 8 * 5

@@ -164,7 +164,8 @@ def test_sums_of_gradients_are_consumed_and_grow():
         )
     )
     assert len(sums) == 2 and not any(x.any() for x in sums.values())
-    running = measuring._Running(kind.index, "B", program, values, "cpu")
+    compiled = measuring._compile(program, jax.devices()[0])
+    running = measuring._Running(kind.index, "B", program, values, compiled)
     for _ in range(3):
         running()
     for operand, x in sums.items():
