@@ -123,8 +123,8 @@ def _plan(
     pipelined = jaxptis.pipeline(
         loss_fn,
         num_microbatches=num_microbatches,
-        devices=jax.devices()[:NUM_STAGES],
-        strategy="1f1b",
+        devices=jax.devices()[:1],
+        strategy=f"list(stages_per_device={NUM_STAGES})",
     )
     plan = pipelined.bind(None, params, batch).compiled.pipeline.plan
     there = [("F", stage) for stage in range(NUM_STAGES)]
