@@ -1,12 +1,16 @@
 """Compares what is predicted of steps with what they take: models x strategies, on these devices.
 
 MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 \
-python -m experiments.launch --num_processes=2 --pin -- experiments.compare --num_devices=2
-python -m experiments.compare --size=small --num_devices=8 --asleep --slower=4
+python -m experiments.launch --num_processes=2 --pin -- experiments.compare --num_devices=2 \
+    --size=small --num_steps=3 --json_output=experiments/results/compare.json
+python -m experiments.compare --size=small --num_devices=4 --asleep --slower=8 --num_steps=3 \
+    --json_output=experiments/results/compare_asleep_P4.json
+python -m experiments.compare --size=small --num_devices=8 --num_microbatches=16 --asleep \
+    --slower=8 --num_steps=3 --json_output=experiments/results/compare_asleep_P8.json
 
-Costs of layers, and links, are measured here, once for each model. A step is measured from its
-first task to the end of its last; "plain" is how long steps take that nothing records, with their
-update. The variables keep glibc from giving large arrays fresh pages in every program.
+Costs of layers, and links, are measured here, once for each model, on the parameters and tokens of
+its steps. A step is measured from its first task to the end of its last; "plain" is how long steps
+take that nothing records, with their update. The variables keep glibc from giving large arrays fresh pages in every program.
 
 With --asleep the tasks do not compute: they sleep for what the costs say, in the executor as it is,
 so that two cores can hold eight devices. What is shown then is not the time of any model.
@@ -177,7 +181,7 @@ def compare(name: str, model: Model, devices: Sequence[jax.Device]) -> Any:
     def loss_fn(params: Any, batch: Any) -> Any:
         return loss(functools.partial(module.apply, {"params": params}), batch)
 
-    types = jax.eval_shape(module.init, jax.random.key(0), tokens[:1])["params"]
+    params = jax.jit(module.init)(jax.random.key(SEED.value), tokens[:1])["params"]
     make = functools.partial(
         jaxptis.pipeline,
         loss_fn,
@@ -185,15 +189,14 @@ def compare(name: str, model: Model, devices: Sequence[jax.Device]) -> Any:
         devices=devices,
         has_aux=True,
     )
-    costs, cluster = measure(make(costs="measured"), types, {"tokens": tokens})
+    costs, cluster = measure(make(costs="measured"), params, {"tokens": tokens})
     for strategy in STRATEGIES.value:
         plan = strategy if strategy != RANDOM else draw(costs)
         pipelined = make(costs=costs, cluster=cluster, strategy=plan)
         title = f"{name} {SIZE.value}, {strategy}"
         if ASLEEP.value:
-            yield of_one_asleep(name, strategy, pipelined, types, {"tokens": tokens}, title)
+            yield of_one_asleep(name, strategy, pipelined, params, {"tokens": tokens}, title)
         else:
-            params = jax.jit(module.init)(jax.random.key(SEED.value), tokens[:1])["params"]
             yield of_one(name, strategy, pipelined, params, {"tokens": tokens}, title)
 
 

@@ -86,9 +86,18 @@ def start(command: Sequence[str], address: str, index: int) -> Child:
         text=True,
         errors="replace",
         start_new_session=True,  # so that Ctrl-C reaches this process only, which stops them
-        # Before anything else, since what is started later has the same core.
-        preexec_fn=(lambda: os.sched_setaffinity(0, {cores[index]})) if PIN.value else None,
+        preexec_fn=(lambda: pin(cores[index])) if PIN.value else None,
     )
+
+
+def pin(core: int) -> None:
+    """Gives this process a core, before anything else, since what it starts inherits that.
+
+    There no thread interrupts another when it wakes up: that of Gloo, which finds a lock taken,
+    would spin for milliseconds while the one that it has interrupted holds the lock.
+    """
+    os.sched_setaffinity(0, {core})
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def wait(children: Sequence[Child]) -> str | None:

@@ -80,7 +80,7 @@ def measure_asleep(pipeline: Pipeline, params: Any, batch: Any, num_steps: int) 
 
     Args:
         pipeline: of which only the gradient is run.
-        params: their types.
+        params: the arrays or their types.
         batch: the arrays or their types.
         num_steps: how many steps to take, after one to warm up.
     """

@@ -2,9 +2,10 @@
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from os import PathLike
+from types import MappingProxyType
 from typing import Any
 
 from jaxptis.options import Options
@@ -15,6 +16,7 @@ from jaxptis.performance.measure import measure
 from jaxptis.processes import Processes, is_local
 from passes.layer_programs import layer_programs
 from passes.layers import LayerGraph
+from passes.stages import Operand
 
 _MEASURED = (
     *("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s"),
@@ -22,10 +24,17 @@ _MEASURED = (
 )
 
 
-def choose_costs(graph: LayerGraph, options: Options) -> Costs:
+def choose_costs(
+    graph: LayerGraph, options: Options, values: Mapping[Operand, Any] = MappingProxyType({})
+) -> Costs:
     """Estimate, measure or read the costs of the layers.
 
     Of several processes each measures, all at the same time, and the means are taken.
+
+    Args:
+      graph: the layers.
+      options: what the user chose.
+      values: of all parameters and of a microbatch, for layers to be measured on; may be empty.
 
     Raises:
       ValueError: the costs cannot be read, or are those of other layers.
@@ -37,7 +46,7 @@ def choose_costs(graph: LayerGraph, options: Options) -> Costs:
         processes = Processes(options.devices)
         processes.begin("measuring the layers")
         device = next(filter(is_local, options.devices))
-        own = measure(layer_programs(graph), device, ready=processes.wait_for_all)
+        own = measure(layer_programs(graph), device, values=values, ready=processes.wait_for_all)
         return _mean(own, processes)
     costs = chosen if isinstance(chosen, Costs) else _load(chosen)
     where = "costs" if isinstance(chosen, Costs) else str(chosen)

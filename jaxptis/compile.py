@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxptis.choose_costs import choose_costs
 from jaxptis.cluster import Cluster
@@ -12,6 +13,7 @@ from jaxptis.executor.programs import BatchLeaf
 from jaxptis.make_plan import make_plan
 from jaxptis.microbatches import aux_axes, batch_leaves
 from jaxptis.options import Options
+from jaxptis.parts import Cuts, is_parts
 from jaxptis.performance import Costs, Timeline, simulate
 from jaxptis.plan import Plan
 from passes import PROGRAM_PASSES, STAGE_PASSES
@@ -20,7 +22,7 @@ from passes.differentiate import differentiate
 from passes.layers import LayerGraph, find_layers
 from passes.runner import Dump, run
 from passes.split_backward import split_backward
-from passes.stages import StageGradient, StageProgram, Stages
+from passes.stages import Operand, Role, StageGradient, StageProgram, Stages
 from passes.trace import trace
 
 
@@ -83,19 +85,50 @@ class Pipeline:
         return tuple(map(tuple, homes))
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Arrays that a loss function is called with: the leaves of its parameters and its batch."""
+
+    params: Sequence[Any]
+    batch: Sequence[Any]
+
+    @classmethod
+    def of(cls, params: Sequence[Any], batch: Sequence[Any]) -> "Given | None":
+        """Return these leaves if each is an array that is whole in this process."""
+        return cls(params, batch) if all(map(_is_here, (*params, *batch))) else None
+
+    def values(self, graph: LayerGraph, batch: Sequence[BatchLeaf]) -> dict[Operand, Any]:
+        """Return the parts of the parameters, and the first microbatch, by their operands."""
+        program = graph.program
+        cuts = Cuts(program.pieces, [aval.shape for aval in program.leaf_avals])
+        arrays = (x if isinstance(x, jax.Array) else np.asarray(x) for x in self.batch)
+        first = (leaf.microbatch(x, 0) for leaf, x in zip(batch, arrays, strict=True))
+        return {
+            **{Operand(Role.PARAM, p): x for p, x in enumerate(cuts.cut(self.params))},
+            **{Operand(Role.BATCH, i): x for i, x in enumerate(first)},
+        }
+
+
+def _is_here(leaf: Any) -> bool:
+    if isinstance(leaf, jax.ShapeDtypeStruct) or is_parts(leaf):
+        return False
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
 def compile_pipeline(
     loss_fn: Callable[[Any, Any], Any],
     params: Any,
     batch: Any,
     options: Options,
     *,
+    given: Given | None = None,
     previous: Plan | None = None,
 ) -> Pipeline:
     """Plan a loss function and cut it into stages; see `analyse`.
 
     The `previous` plan, made for other shapes, is kept if the layers are the same.
     """
-    analysis = analyse(loss_fn, params, batch, options)
+    analysis = analyse(loss_fn, params, batch, options, given=given)
     layers = tuple(layer.name for layer in analysis.graph.layers)
     if previous is not None and previous.layers == layers:
         return build(analysis, previous)
@@ -109,7 +142,12 @@ def compile_pipeline(
 
 
 def analyse(
-    loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any, options: Options
+    loss_fn: Callable[[Any, Any], Any],
+    params: Any,
+    batch: Any,
+    options: Options,
+    *,
+    given: Given | None = None,
 ) -> Analysis:
     """Find the layers of a loss function and what they cost.
 
@@ -118,6 +156,7 @@ def analyse(
       params: pytree of `jax.ShapeDtypeStruct`.
       batch: pytree of `jax.ShapeDtypeStruct`, the whole batch.
       options: what the user chose.
+      given: the arrays, if they are there: layers may be measured on them.
     """
     leaves = batch_leaves(batch, options)
     microbatch = jax.tree.unflatten(
@@ -131,10 +170,12 @@ def analyse(
     program = run(program, PROGRAM_PASSES, dump)
     graph = find_layers(program)
     dump.step("layers", graph.text())
+    measured_on = given if options.costs == "measured" else None
+    values = {} if measured_on is None else measured_on.values(graph, leaves)
     return Analysis(
         options=options,
         graph=graph,
-        costs=choose_costs(graph, options),
+        costs=choose_costs(graph, options, values),
         batch=leaves,
         result_axes=(None, *aux_axes(loss_fn, params, batch, aux, options)),
         aux=aux,

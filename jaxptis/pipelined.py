@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from jaxptis.call import Call, Compiled, CompiledStage
-from jaxptis.compile import compile_pipeline
+from jaxptis.compile import Given, compile_pipeline
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.memory import DeviceMemory
 from jaxptis.flax_models import nnx_loss, split_nnx
@@ -174,6 +174,7 @@ class Pipelined:
             params,
             jax.tree.map(aval_of, batch),
             options,
+            given=Given.of(leaves, jax.tree.leaves(batch)),
             previous=previous,
         )
         return Compiled(pipeline, self.compiler, params)

@@ -4,6 +4,7 @@ Shapes: B batch, T positions, D model width, V vocabulary.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 
 from models.loss import cross_entropy
@@ -339,7 +341,11 @@ def training_loss(
         cross_entropy(x_BTD @ kernel_DV.astype(x_BTD.dtype), tokens[:, first:]).mean()
         for first, (x_BTD, kernel_DV) in enumerate(out if after_next else (out,), start=1)
     )
-    balance, loads = (sum(jax.tree.leaves(sown.get(name))) for name in ("losses", "loads"))
+    # In the order of the layers, each of which can then add to what it is given.
+    balance, loads = (
+        sum(itertools.chain(*flatten_dict(sown.get(name, {})).values()))
+        for name in ("losses", "loads")
+    )
     loss = main + balance_weight * balance + loads
     for value in further:
         loss += after_next_weight * value

@@ -1,5 +1,6 @@
 """Everything that touches a jaxpr. Nothing here knows of plans or devices' schedules."""
 
+from passes.add_early import add_early
 from passes.drop_dead import drop_dead
 from passes.fold_tables import fold_tables
 from passes.hoist import hoist
@@ -13,7 +14,8 @@ PROGRAM_PASSES = (
     peel_scans,  # after it: a loop over layers may stand in a call
     hoist,  # after both: what a remat returns is read in the open now
     drop_dead,  # after all of them: what the caller of an inlined body did not use is now visible
-    slice_head,  # after it: it follows all that reads the logits, and nothing dead
+    add_early,  # after it: what is dead is not waited for
+    slice_head,  # after drop_dead: it follows all that reads the logits, and nothing dead
     split_params,  # last: every equation that reads a parameter counts
 )
 

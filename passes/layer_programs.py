@@ -15,7 +15,15 @@ from passes.differentiate import differentiate_stage
 from passes.layers import LayerGraph
 from passes.runner import Dump, run
 from passes.split_backward import SplitBackward, split_backward
-from passes.stages import Role, StageGradient, StageProgram, Stages, slice_program
+from passes.stages import (
+    Operand,
+    Role,
+    Stage,
+    StageGradient,
+    StageProgram,
+    Stages,
+    slice_program,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +66,13 @@ class LayerPrograms:
       name: of the layer.
       params: the types of the parameters that it holds, by index.
       kind: its programs.
+      operands: its own constants, parameters, batch, crossings and results, by those of the kind.
     """
 
     name: str
     params: Mapping[int, jax.ShapeDtypeStruct]
     kind: LayerKind
+    operands: Mapping[Operand, Operand]
 
 
 def layer_programs(graph: LayerGraph) -> tuple[LayerPrograms, ...]:
@@ -70,7 +80,7 @@ def layer_programs(graph: LayerGraph) -> tuple[LayerPrograms, ...]:
     stages = cut_stages(graph, range(len(graph.layers) + 1))
     stages = run(stages, STAGE_PASSES, Dump(None))
     types = jaxprs.avals(graph.program.param_vars)
-    found: dict[Any, LayerKind] = {}
+    found: dict[Any, tuple[LayerKind, StageGradient]] = {}
     kinds: dict[Any, LayerKind] = {}
     layers = []
     for index, (layer, stage) in enumerate(zip(graph.layers, stages.stages, strict=True)):
@@ -80,10 +90,29 @@ def layer_programs(graph: LayerGraph) -> tuple[LayerPrograms, ...]:
             after = _form(gradient.forward), _form(gradient.backward)
             if after not in kinds:
                 kinds[after] = _make_kind(stages, index, gradient)
-            found[before] = kinds[after]
-        params = {p: types[p] for p in stage.params}
-        layers.append(LayerPrograms(name=layer.name, params=params, kind=found[before]))
+            found[before] = kinds[after], gradient
+        kind, gradient = found[before]
+        layers.append(
+            LayerPrograms(
+                name=layer.name,
+                params={p: types[p] for p in stage.params},
+                kind=kind,
+                operands=_operands(kind, gradient, stage),
+            )
+        )
     return tuple(layers)
+
+
+def _operands(kind: LayerKind, gradient: StageGradient, stage: Stage) -> dict[Operand, Operand]:
+    """Return what the operands of a kind are in a stage with the same gradient as another."""
+    own = _pairs(gradient.stage.program(), stage.program())
+    same = _pairs(kind.gradient.forward, gradient.forward)
+    same |= _pairs(kind.gradient.backward, gradient.backward)
+    return {operand: own[other] for operand, other in same.items() if other in own}
+
+
+def _pairs(one: StageProgram, other: StageProgram) -> dict[Operand, Operand]:
+    return dict(zip((*one.reads, *one.writes), (*other.reads, *other.writes), strict=True))
 
 
 def _before_gradient(stages: Stages, index: int) -> Any:

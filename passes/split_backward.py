@@ -6,10 +6,10 @@ gradient is kept, unless it follows by cheap equations from the values that the 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from passes import jaxprs
-from passes.jaxprs import Jaxpr, Var
+from passes.jaxprs import Jaxpr, Literal, Var
 from passes.saved_values import choose_saved
 from passes.stages import Operand, Role, StageProgram, slice_program
 
@@ -39,9 +39,7 @@ def split_backward(backward: StageProgram) -> SplitBackward:
         )
     jaxpr = backward.jaxpr
     given = dict(zip(jaxpr.invars, backward.reads, strict=True))
-    first = jaxprs.backward_slice(jaxpr, invars=jaxpr.invars, outvars=[v for _, v in d_inputs])
-    made = {v for eqn in first.eqns for v in eqn.outvars}
-    rest = jaxprs.backward_slice(jaxpr, invars=[*jaxpr.invars, *made], outvars=[v for _, v in sums])
+    first, rest = _cut(jaxpr, written)
     handed_on = _handed_on(given, first, wanted=jaxprs.read_vars(rest))
     # A cotangent that is written anyway is read from its own buffer.
     sent = {v: operand for operand, v in d_inputs if v in handed_on}
@@ -54,6 +52,35 @@ def split_backward(backward: StageProgram) -> SplitBackward:
             jaxpr, {v: x for v, x in given.items() if v not in totals} | sent | kept | totals, sums
         ),
     )
+
+
+def held_for_weights(backward: StageProgram) -> list[Var]:
+    """Return what a whole backward holds for weight gradients that are left to its end.
+
+    XLA leaves them there. Their cheap equations are fused with what reads them, and so are run
+    there too; what was saved is there anyway.
+    """
+    jaxpr = backward.jaxpr
+    given = dict(zip(jaxpr.invars, backward.reads, strict=True))
+    written = list(zip(backward.writes, jaxpr.outvars, strict=True))
+    first, rest = _cut(jaxpr, written)
+    arriving = [v for v, x in given.items() if x.role == Role.COTANGENT]
+    made = {v for eqn in first.eqns for v in eqn.outvars}
+    return choose_saved(
+        first.eqns,
+        at_hand=[v for v in given if v not in arriving],
+        given=arriving,
+        wanted=jaxprs.read_vars(rest).intersection(made.union(arriving)),
+    )
+
+
+def _cut(jaxpr: Jaxpr, written: Sequence[tuple[Operand, Var | Literal]]) -> tuple[Jaxpr, Jaxpr]:
+    """Return the equations that the gradient of the inputs needs, and the others of the sums."""
+    d_inputs = [v for operand, v in written if operand.role == Role.COTANGENT]
+    sums = [v for operand, v in written if operand.role == Role.SUM]
+    first = jaxprs.backward_slice(jaxpr, invars=jaxpr.invars, outvars=d_inputs)
+    made = [v for eqn in first.eqns for v in eqn.outvars]
+    return first, jaxprs.backward_slice(jaxpr, invars=[*jaxpr.invars, *made], outvars=sums)
 
 
 def _handed_on(given: Mapping[Var, Operand], first: Jaxpr, *, wanted: set[Var]) -> list[Var]:

@@ -81,12 +81,34 @@ def test_measured_costs(monkeypatch):
         return [[0.5] * 2, *([100.0 if is_head(each) else 1.0] * 2 for each in others)]
 
     def is_head(program):
-        return any(x.shape == (WIDTH, OUT) for x in program._values.values())
+        return any(x.shape == (WIDTH, OUT) for x in program.arguments[0].values())
 
     monkeypatch.setattr(measuring, "_seconds", seconds)
     pipelined = compiled("measured")
     assert pipelined.costs.source == "measured"
     assert pipelined.plan.boundaries == (0, 3, 4)
+
+
+@pytest.mark.parametrize("are_here", [True, False])
+def test_measured_on_the_arrays_that_are_there(monkeypatch, are_here):
+    """Given are parts of parameters and the first microbatch; of types, nothing."""
+    asked = []
+
+    def measure(layers, device, *, values, ready):
+        asked.append(values)
+        ready()
+        return costs_of(1, 1, 1, 1)
+
+    monkeypatch.setattr(choosing, "measure", measure)
+    params, batch = make_params(2), make_batch()
+    given = (params, batch) if are_here else jax.eval_shape(lambda *x: x, params, batch)
+    pipelined = jaxptis.pipeline(
+        loss_fn, num_microbatches=2, devices=jax.devices()[:2], costs="measured"
+    )
+    pipelined.compile(*given)
+    (values,) = asked
+    expected = [*jax.tree.leaves(params), *(x[: len(x) // 2] for x in jax.tree.leaves(batch))]
+    assert_close(list(values.values()), expected if are_here else [], rtol=0)
 
 
 def test_a_trainer_shows_its_costs():

@@ -38,6 +38,8 @@ class LayerCost:
             the input and of the gradient that came.
         made_bytes: how much more there is while I runs: what it keeps and the gradient of the
             input, as far as they do not take the place of something that W does not read.
+        held_bytes: what of it a whole backward of several layers holds to its end, where XLA leaves
+            the gradients of weights.
         param_bytes: of the parameters that no other layer reads.
         grad_bytes: of the sums of their gradients.
         state_bytes: of the optimizer's state of them.
@@ -60,6 +62,7 @@ class LayerCost:
     saved_all_bytes: int = 0
     kept_bytes: int = 0
     made_bytes: int = 0
+    held_bytes: int = 0
     param_bytes: int = 0
     grad_bytes: int = 0
     state_bytes: int = 0

@@ -10,10 +10,11 @@ from jaxptis.performance.costs import Costs, LayerCost, TiedParams
 from passes import jaxprs
 from passes.differentiate import accumulator_dtype
 from passes.layer_programs import LayerKind, LayerPrograms
+from passes.split_backward import held_for_weights
 from passes.stages import Operand, Role, StageProgram
 
-Track = Callable[[Sequence[LayerKind]], Iterable[LayerKind]]
-"""Goes through kinds of layers, and may show how far it is; `iter` shows nothing."""
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+"""Goes through layers or kinds, and may show how far it is; `iter` shows nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,7 @@ def _activation_bytes(kind: LayerKind) -> dict[str, int]:
         if weight_grad is None
         else _read_bytes(weight_grad, lambda x: x in inputs or x.role in from_input_grad),
         "made_bytes": _made_bytes(kind),
+        "held_bytes": jaxprs.nbytes(v.aval for v in held_for_weights(kind.gradient.backward)),
     }
 
 

@@ -2,11 +2,16 @@
 
 Each program is compiled as the executor compiles that of a stage, and consumes the sums of
 gradients as it does there; what else the executor lets a program overwrite, it does not. They are
-run in turn, as in a step: run again and again, a program finds what it reads in caches. So the
-arrays of one layer of each kind are there at a time.
+run in turn, as in a step, and go through as many layers of each kind as the model has: run again
+and again on the same arrays, a program finds what it reads in caches. Of large layers, which no
+cache holds, there is one of each kind at a time.
+
+What a layer takes may depend on what it reads, as that of experts does on how tokens choose them.
+So where the parameters and a batch are at hand, each layer reads what it does in a step.
 """
 
 import functools
+import math
 import os
 import statistics
 import time
@@ -29,6 +34,9 @@ LEAST_RUNS, MOST_RUNS = 9, 99
 ENOUGH_S = 0.3
 """Seconds for each program, on average, after which none is run more than `LEAST_RUNS` times."""
 
+CACHES_BYTES = 2**28
+"""More than caches hold: arrays of further layers of a kind are not needed beyond it."""
+
 _SCALE = 0.02  # of random floats: what models begin with
 _NUM_NORMALS = 65_537  # drawn for an array, and repeated; a prime, so that rows differ
 
@@ -38,10 +46,11 @@ def measure(
     device: Any,
     *,
     state_bytes: Mapping[int, int] = MappingProxyType({}),
+    values: Mapping[Operand, Any] = MappingProxyType({}),
     track: Track = iter,
     ready: Callable[[], None] = lambda: None,
 ) -> Costs:
-    """Return the median seconds of the programs of each kind of layer, on random arrays.
+    """Return the median seconds of the programs of each kind of layer.
 
     `start_s` is the median of a program that does nothing with as many arrays; it is taken off
     all others.
@@ -50,7 +59,8 @@ def measure(
         layers: what they run.
         device: one of `jax.local_devices()`.
         state_bytes: the optimizer's state of each parameter.
-        track: goes through the kinds of layers.
+        values: of all parameters and of a microbatch, by their operands; random arrays if empty.
+        track: goes through the layers; those of known kinds are quickly done.
         ready: called when all is compiled, before anything is timed; waits for other processes that
             measure at the same time.
 
@@ -61,12 +71,14 @@ def measure(
         raise ValueError(f"{device} belongs to another process; measure on a device of this one")
     kinds = kinds_of(layers)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        compiling = [
-            [pool.submit(_compile, each, device) for each in kind.programs.values()]
+        compiling = {
+            kind.index: {
+                name: pool.submit(_compile, program, device)
+                for name, program in kind.programs.items()
+            }
             for kind in kinds
-        ]
-        prepared = map(_prepare, track(kinds), compiling, [device] * len(kinds))
-        programs = [each for kind in prepared for each in kind]
+        }
+        programs = _prepare(layers, compiling, values, device, track)
     in_turn = sorted(programs, key=_place)
     ready()
     start_runs_s, *runs_s = _seconds([_empty(kinds, device), *in_turn])
@@ -110,18 +122,64 @@ def _compile(program: StageProgram, device: Any) -> Any:
     return lowered.compile(compiler_options=jaxprs.least_memory(device.platform))
 
 
-def _prepare(kind: LayerKind, compiling: Sequence[Future[Any]], device: Any) -> list["_Running"]:
-    """Make the arguments of the programs of a kind, and run each once."""
-    values: dict[Operand, Any] = {}
-    prepared = []
-    for (name, program), compiled in zip(kind.programs.items(), compiling, strict=True):
+def _prepare(
+    layers: Sequence[LayerPrograms],
+    compiling: Mapping[int, Mapping[str, Future[Any]]],
+    values: Mapping[Operand, Any],
+    device: Any,
+    track: Track,
+) -> list["_Running"]:
+    """Make the arguments of the programs of each kind, and run each once on all of them."""
+    most = math.ceil(CACHES_BYTES / sum(map(_num_bytes, kinds_of(layers))))
+    programs: dict[int, list[_Running]] = {}
+    known = dict(values)  # and what layers make for others
+    for layer in track(layers):
+        kind = layer.kind
+        count = len(programs[kind.index][0].arguments) if kind.index in programs else 0
+        if count == most and not values:
+            continue
+        arguments = _arguments(layer, known, device)
+        if not count:
+            programs[kind.index] = [
+                _Running(kind.index, name, program, compiling[kind.index][name].result())
+                for name, program in kind.programs.items()
+            ]
+        running = programs[kind.index] if count < most else programs[kind.index][:1]
+        for each in running:
+            jax.block_until_ready(each.run_on(arguments))  # what it makes, those after it read
+        if count < most:
+            for each in running:
+                each.arguments.append(arguments)
+        if values:
+            crossings = {x: own for x, own in layer.operands.items() if own.role == Role.CROSSING}
+            known |= {own: arguments[x] for x, own in crossings.items()}
+    return [each for running in programs.values() for each in running]
+
+
+def _arguments(
+    layer: LayerPrograms, known: Mapping[Operand, Any], device: Any
+) -> dict[Operand, Any]:
+    """Return what the programs of a layer read and do not make; what is not known is drawn."""
+    arguments: dict[Operand, Any] = {}
+    made: set[Operand] = set()
+    for program in layer.kind.programs.values():
         for operand, v in zip(program.reads, program.jaxpr.invars, strict=True):
-            if operand not in values:
-                values[operand] = jax.device_put(_value(operand, v.aval, kind), device)
-        running = _Running(kind.index, name, program, values, compiled.result())
-        jax.block_until_ready(running())  # what it makes, those after it read
-        prepared.append(running)
-    return prepared
+            if operand not in arguments and operand not in made:
+                own = layer.operands.get(operand)
+                value = known[own] if own in known else _value(operand, v.aval, layer.kind)
+                array = value if isinstance(value, jax.Array) else np.asarray(value)
+                arguments[operand] = jax.device_put(array, device)
+        made.update(program.writes)
+    return arguments
+
+
+def _num_bytes(kind: LayerKind) -> int:
+    """Return the bytes of the arguments and the results of all programs of a layer."""
+    avals: dict[Operand, Any] = {}
+    for program in kind.programs.values():
+        avals.update(zip(program.reads, jaxprs.avals(program.jaxpr.invars), strict=True))
+        avals.update(zip(program.writes, jaxprs.avals(program.jaxpr.outvars), strict=True))
+    return jaxprs.nbytes(avals.values())
 
 
 def _place(program: "_Running") -> tuple[int, int]:
@@ -145,23 +203,24 @@ def _kind_cost(runs_s: Mapping["_Running", Sequence[float]], start_s: float) -> 
 
 
 class _Running:
-    """A compiled program and its arguments; the sums of gradients are those of the run before."""
+    """A compiled program, and the arguments of each layer that it is run for, in turn."""
 
-    def __init__(
-        self,
-        kind: int,
-        name: str,
-        program: StageProgram,
-        values: dict[Operand, Any],
-        compiled: Any,
-    ) -> None:
-        """Take arguments from `values`, in which results replace what is consumed."""
+    def __init__(self, kind: int, name: str, program: StageProgram, compiled: Any) -> None:
+        """Take what was compiled; arguments must follow."""
         self.kind, self.name = kind, name
-        self._program, self._values, self._compiled = program, values, compiled
+        self.arguments: list[dict[Operand, Any]] = []
+        self._program, self._compiled, self._num_runs = program, compiled, 0
 
     def __call__(self) -> list[Any]:
-        results = self._compiled(*[self._values[x] for x in self._program.reads])
-        self._values.update(zip(self._program.writes, results, strict=True))
+        # A backward reads what a forward has made long ago.
+        turn = self._num_runs + (self.name != "F")
+        self._num_runs += 1
+        return self.run_on(self.arguments[turn % len(self.arguments)])
+
+    def run_on(self, arguments: dict[Operand, Any]) -> list[Any]:
+        """Run for a layer; results take the places of arguments that are consumed."""
+        results = self._compiled(*[arguments[x] for x in self._program.reads])
+        arguments.update(zip(self._program.writes, results, strict=True))
         return results
 
     @property

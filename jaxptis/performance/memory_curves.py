@@ -150,13 +150,10 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
 
 
 def _most_of_whole(layers: Sequence[LayerCost]) -> int:
-    """Return the most temporaries of a whole backward, which starts at the last layer.
-
-    XLA leaves weight gradients to the end, and so holds for them what I of each layer would keep.
-    """
-    made = accumulate((layer.made_bytes for layer in reversed(layers)), initial=0)
+    """Return the most temporaries of a whole backward, which starts at the last layer."""
+    held = accumulate((layer.held_bytes for layer in reversed(layers)), initial=0)
     return max(
-        layer.temporary_bytes + held for layer, held in zip(reversed(layers), made, strict=False)
+        layer.temporary_bytes + each for layer, each in zip(reversed(layers), held, strict=False)
     )
 
 

@@ -15,7 +15,7 @@ PROGRAMS = {
     "show": "import sys; print(*sys.argv[1:]); print('to stderr', file=sys.stderr)",
     "fail": INDEX + "if index == '1': raise ValueError('too small')\ntime.sleep(60)",
     "killed": INDEX + "if index == '2': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)",
-    "cores": "import os; print(sorted(os.sched_getaffinity(0)))",
+    "cores": "import os; print(sorted(os.sched_getaffinity(0)), os.sched_getscheduler(0))",
     "wait": WAIT,
     "stubborn": INDEX + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAIT,
 }
@@ -59,7 +59,9 @@ def test_each_process_has_a_core_of_its_own(launch):
     out, err = run.communicate(timeout=50)
     assert run.returncode == 0, err
     first, second, *_ = sorted(os.sched_getaffinity(0))
-    assert sorted(out.splitlines()) == [f"[0] [{first}]", f"[1] [{second}]"]
+    assert sorted(out.splitlines()) == [
+        f"[{index}] [{core}] {os.SCHED_BATCH}" for index, core in enumerate((first, second))
+    ]
 
 
 def test_more_processes_than_cores_are_not_pinned(launch):

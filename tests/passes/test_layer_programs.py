@@ -46,6 +46,22 @@ def test_the_programs_are_those_of_stages_of_one_layer(name):
         assert layer.params == {p: types[p] for p in stage.params}
 
 
+@each_model
+def test_operands_of_a_kind_stand_for_those_of_each_of_its_layers(name):
+    graph = case(name).graph
+    stages = stages_of(graph)
+    gradients = differentiate(stages)
+    for layer, gradient in zip(layer_programs(graph), gradients, strict=True):
+        expected = {}
+        for task in "forward", "backward":
+            theirs, ours = getattr(layer.kind.gradient, task), getattr(gradient, task)
+            expected |= zip(theirs.reads, ours.reads, strict=True)
+            expected |= zip(theirs.writes, ours.writes, strict=True)
+        whole = gradient.stage.program()
+        own = {*whole.reads, *whole.writes}
+        assert layer.operands == {x: y for x, y in expected.items() if y in own}
+
+
 def transformer(num_blocks):
     block = {"scale": array(8), "up": array(8, 32), "bias": array(32), "down": array(32, 8)}
     params = {"embedding": array(16, 8), "blocks": [block] * num_blocks, "head": array(8, 16)}

@@ -36,7 +36,7 @@ def _costs(rng: Random, plan: Plan) -> Costs:
     sizes = {
         f"{what}_bytes": [rng.choice(_BYTES) for _ in names]
         for what in (
-            *("input", "saved", "saved_all", "kept", "made"),
+            *("input", "saved", "saved_all", "kept", "made", "held"),
             *("param", "grad", "state", "temporary"),
         )
     }

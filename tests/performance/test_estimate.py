@@ -87,6 +87,8 @@ def test_bytes_by_hand(dtype, size):
     assert block.kept_bytes == stream + hidden + stream + hidden
     # Of these I makes the second; and the gradient of its input, whose place W still reads.
     assert (first.made_bytes, block.made_bytes) == (0, hidden + stream)
+    # A whole backward holds the gradient that came, and that of what tanh returned.
+    assert (block.held_bytes, head.held_bytes) == (stream + hidden, 0)
     assert head.saved_bytes == out  # the error
     assert head.kept_bytes == stream + out
     params = {first: IN * WIDTH, block: 2 * WIDTH * HIDDEN, head: WIDTH * OUT}

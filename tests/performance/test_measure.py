@@ -165,7 +165,8 @@ def test_sums_of_gradients_are_consumed_and_grow():
     )
     assert len(sums) == 2 and not any(x.any() for x in sums.values())
     compiled = measuring._compile(program, jax.devices()[0])
-    running = measuring._Running(kind.index, "B", program, values, compiled)
+    running = measuring._Running(kind.index, "B", program, compiled)
+    running.arguments.append(values)
     for _ in range(3):
         running()
     for operand, x in sums.items():
@@ -199,6 +200,38 @@ def test_layers_of_one_kind_are_compiled_and_run_once(monkeypatch, quick):
     monkeypatch.setattr(jax.stages.Lowered, "compile", count)
     measure(small(num_blocks=4), jax.devices()[0])
     assert len(compiled) == 1 + 3 + 5 + 5  # the empty program, the first layer, a block, the head
+
+
+@pytest.mark.parametrize(("caches_bytes", "count"), [(2**40, 4), (1, 1)])
+def test_as_many_layers_of_a_kind_as_caches_may_not_hold(monkeypatch, caches_bytes, count):
+    """Of four blocks; forwards begin with the first, all others with the one after it."""
+    monkeypatch.setattr(measuring, "CACHES_BYTES", caches_bytes)
+    programs = measuring._prepare(small(num_blocks=4), {}, jax.devices()[0], iter)
+    monkeypatch.setattr(measuring._Running, "run_on", lambda _, arguments: id(arguments))
+    for each in (each for each in programs if each.kind == 1):
+        ids = [id(arguments) for arguments in each.arguments]
+        assert len(ids) == count
+        first = each.name != "F"
+        assert [each() for _ in range(6)] == [ids[(first + k) % count] for k in range(6)]
+
+
+def test_layers_read_what_they_do_in_a_step():
+    """Then the last of them returns the loss, and each has parameters of its own."""
+    params, batch = make_params(3), make_batch()
+    layers = layer_programs(layers_of(loss_fn, params, batch))
+    values = {
+        Operand(role, index): x
+        for role, tree in ((Role.PARAM, params), (Role.BATCH, batch))
+        for index, x in enumerate(jax.tree.leaves(tree))
+    }
+    programs = measuring._prepare(layers, values, jax.devices()[0], iter)
+    forwards = {each.kind: each for each in programs if each.name == "F"}
+    (last,) = forwards[4].arguments
+    loss = last[Operand(Role.RESULT)]
+    np.testing.assert_allclose(loss, loss_fn(params, batch), rtol=1e-6)
+    for arguments, layer in zip(forwards[1].arguments, layers[1:4], strict=True):
+        for operand in (Operand(Role.PARAM, p) for p in layers[1].params):
+            assert np.array_equal(arguments[operand], values[layer.operands[operand]])
 
 
 def test_a_device_of_another_process(monkeypatch):

@@ -256,7 +256,7 @@ class Holds:
 def temporaries(layers: list[LayerCost], *, whole: bool) -> int:
     """Return those of a layer, in a whole backward with what later layers hold; the most of all."""
     return max(
-        here.temporary_bytes + sum(each.made_bytes for each in layers[i + 1 :]) * whole
+        here.temporary_bytes + sum(each.held_bytes for each in layers[i + 1 :]) * whole
         for i, here in enumerate(layers)
     )
 
