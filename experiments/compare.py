@@ -10,7 +10,8 @@ python -m experiments.compare --size=small --num_devices=8 --num_microbatches=16
 
 Costs of layers, and links, are measured here, once for each model, on the parameters and tokens of
 its steps. A step is measured from its first task to the end of its last; "plain" is how long steps
-take that nothing records, with their update. The variables keep glibc from giving large arrays fresh pages in every program.
+take that nothing records, with their update. The variables keep glibc from giving large arrays
+fresh pages in every program.
 
 With --asleep the tasks do not compute: they sleep for what the costs say, in the executor as it is,
 so that two cores can hold eight devices. What is shown then is not the time of any model.

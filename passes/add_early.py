@@ -26,4 +26,4 @@ def add_early(program: Program) -> Program:
 
 
 def _adds_scalars(eqn: JaxprEqn) -> bool:
-    return eqn.primitive.name in ("add", "add_any") and not eqn.outvars[0].aval.shape
+    return eqn.primitive.name in ("add", "add_any") and not jaxprs.shape_of(eqn.outvars[0])

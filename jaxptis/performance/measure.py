@@ -166,7 +166,9 @@ def _arguments(
         for operand, v in zip(program.reads, program.jaxpr.invars, strict=True):
             if operand not in arguments and operand not in made:
                 own = layer.operands.get(operand)
-                value = known[own] if own in known else _value(operand, v.aval, layer.kind)
+                value = None if own is None else known.get(own)
+                if value is None:
+                    value = _value(operand, v.aval, layer.kind)
                 array = value if isinstance(value, jax.Array) else np.asarray(value)
                 arguments[operand] = jax.device_put(array, device)
         made.update(program.writes)
