@@ -70,15 +70,7 @@ def measure(
     if device not in jax.local_devices(backend=device.platform):
         raise ValueError(f"{device} belongs to another process; measure on a device of this one")
     kinds = kinds_of(layers)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        compiling = {
-            kind.index: {
-                name: pool.submit(_compile, program, device)
-                for name, program in kind.programs.items()
-            }
-            for kind in kinds
-        }
-        programs = _prepare(layers, compiling, values, device, track)
+    programs = _prepare(layers, values, device, track)
     in_turn = sorted(programs, key=_place)
     ready()
     start_runs_s, *runs_s = _seconds([_empty(kinds, device), *in_turn])
@@ -123,6 +115,21 @@ def _compile(program: StageProgram, device: Any) -> Any:
 
 
 def _prepare(
+    layers: Sequence[LayerPrograms], values: Mapping[Operand, Any], device: Any, track: Track
+) -> list["_Running"]:
+    """Compile the programs of each kind, make their arguments, and run each once on all of them."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        compiling = {
+            kind.index: {
+                name: pool.submit(_compile, program, device)
+                for name, program in kind.programs.items()
+            }
+            for kind in kinds_of(layers)
+        }
+        return _run_once(layers, compiling, values, device, track)
+
+
+def _run_once(
     layers: Sequence[LayerPrograms],
     compiling: Mapping[int, Mapping[str, Future[Any]]],
     values: Mapping[Operand, Any],

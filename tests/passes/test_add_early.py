@@ -46,8 +46,9 @@ def crossings(program):
 def test_a_layer_hands_on_the_sum_so_far():
     before = program_of(loss_fn)
     after = add_early(before)
-    assert crossings(before) == [(1, 4), (2, 4), (3, 4)]
-    assert crossings(after) == [(1, 2), (2, 3), (3, 4)]
+    assert len(find_layers(before).layers) == 6  # the input, three blocks, and one in two
+    assert crossings(before) == [(layer, 5) for layer in range(1, 5)]
+    assert crossings(after) == [(layer, layer + 1) for layer in range(1, 5)]
     assert_bitwise(run(after), run(before))
 
 
