@@ -8,6 +8,7 @@ changes; and where one program is run several times in a row, into parts of equa
 import itertools
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -56,13 +57,16 @@ def traced(run: Callable[[], Results]) -> tuple[Results, dict[int, list[Kernel]]
 def kernels_of(data: jax.profiler.ProfileData) -> dict[int, list[Kernel]]:
     """Return the kernels in a trace, of each GPU by its index, in the order of their starts."""
     prefix = "/device:GPU:"
-    return {
-        int(plane.name.removeprefix(prefix)): sorted(
-            kernel for line in plane.lines for kernel in _kernels(line)
-        )
-        for plane in data.planes
-        if plane.name.startswith(prefix)
-    }
+    with warnings.catch_warnings():
+        # On Python 3.12 a type of jaxlib is deprecated when first used: as an error, that aborts.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return {
+            int(plane.name.removeprefix(prefix)): sorted(
+                kernel for line in plane.lines for kernel in _kernels(line)
+            )
+            for plane in data.planes
+            if plane.name.startswith(prefix)
+        }
 
 
 def _kernels(line: object) -> Iterator[Kernel]:
