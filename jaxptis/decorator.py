@@ -58,7 +58,7 @@ def pipeline(
         arguments: whole batches, of which it puts what its own devices read.
       strategy: the name of a schedule, perhaps with options, such as "1f1b", "zb-v" or
         "interleaved(v=3)", which balances the layers over its stages; "best", which searches for
-        the shortest predicted step that fits the memory of the devices, for some ten seconds; a
+        the shortest predicted step that fits the memory of the devices, for five to ten seconds; a
         `jaxptis.Plan`; or the path of a plan file, or of a schedule as a CSV file.
       batch_axes: the batch axis of each leaf of the batch: an int, None (such a leaf, say a
         dropout key, is given whole to every microbatch), or a tree prefix of these.

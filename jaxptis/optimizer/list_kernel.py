@@ -140,6 +140,7 @@ def list_step_s(
     for d in range(num_devices):
         next_s[d] = _first_time(d, 0.0, stages, on, count, state)
     records = len(order) >= num_left
+    forward_order, backward_order = rule.forward_order, rule.backward_order
     position = 0
     while num_left:
         d = 0
@@ -159,7 +160,7 @@ def list_step_s(
                 weight = s
             m = done[s, B]
             if m < M and arrival_s[s, 1, m] <= now_s:
-                if backward < 0 or _goes_first(s, m, backward, done[backward, B], rule[2]):
+                if backward < 0 or _goes_first(s, m, backward, done[backward, B], backward_order):
                     backward = s
             elif m < M:
                 soon_s = min(soon_s, arrival_s[s, 1, m])
@@ -168,7 +169,7 @@ def list_step_s(
                 if held[d] + stages.room[s] + stages.later[s] > memory[d]:
                     crowded = crowded or arrival_s[s, 0, m] <= now_s
                 elif arrival_s[s, 0, m] <= now_s:
-                    if forward < 0 or _goes_first(s, m, forward, done[forward, F], rule[1]):
+                    if forward < 0 or _goes_first(s, m, forward, done[forward, F], forward_order):
                         forward = s
                 else:
                     soon_s = min(soon_s, arrival_s[s, 0, m])

@@ -1,7 +1,7 @@
 """Search for short steps: draw many candidates, then change the best of them again and again."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -27,27 +27,17 @@ class Found(NamedTuple):
     candidate: Candidate
 
 
-def search(
-    problem: Problem,
-    *,
-    time_limit_s: float,
-    seed: int,
-    max_stages: int | None = None,
-    progress: Callable[[float, float], None] = lambda fraction, step_s: None,
-) -> list[Found]:
+def search(problem: Problem, *, time_limit_s: float, seed: int) -> list[Found]:
     """Return the best candidates, the shortest first; none if nothing fits the memory.
 
     Args:
         problem: what to plan; as many layers as devices, or more.
         time_limit_s: on about two cores; see `TASKS_PER_S`.
         seed: the same seed finds the same.
-        max_stages: of a plan.
-        progress: is told how much is done, and the seconds of the best so far.
     """
-    most = min(problem.num_layers, max_stages or _STAGES_PER_DEVICE * problem.num_devices)
+    most = min(problem.num_layers, _STAGES_PER_DEVICE * problem.num_devices)
     num_tasks = int(time_limit_s * TASKS_PER_S)
     found = _drawn(problem, int(_DRAWN * num_tasks), most, seed)
-    progress(_DRAWN, found[0].step_s if found else float("inf"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, heat in enumerate(_HEATS):
             best = found[: max(2, _KEPT // 3**number)]
@@ -60,8 +50,6 @@ def search(
 
             numbers = range(1000 * (number + 1), 1000 * (number + 1) + len(best))
             found = _distinct([*pool.map(change, best, numbers), *found])
-            done = _DRAWN + (1 - _DRAWN) * (number + 1) / len(_HEATS)
-            progress(done, found[0].step_s if found else float("inf"))
     return found
 
 
