@@ -116,10 +116,11 @@ def _load_plan(strategy: str | PathLike[str]) -> Plan:
     try:
         return Plan.load(strategy)
     except (OSError, TypeError, UnicodeDecodeError) as error:
-        close = get_close_matches(str(strategy).partition("(")[0], FAMILIES, n=1)
+        known = *FAMILIES, BEST
+        close = get_close_matches(str(strategy).partition("(")[0], known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
-            f"strategy {strategy!r} is neither a schedule ({', '.join(FAMILIES)}) nor the path of "
+            f"strategy {strategy!r} is neither a schedule ({', '.join(known)}) nor the path of "
             f"a plan file that can be read ({error}); {hint}change it, or write the file with "
             "plan.save(path)"
         ) from error

@@ -87,3 +87,9 @@ def test_too_few_layers(costs: Costs) -> None:
     few = replace(costs, layers=costs.layers[:3])
     with pytest.raises(ValueError, match="3 layers cannot fill 4 devices; pass 3 or fewer"):
         best_plan(few, equal_devices(4), 8)
+
+
+@pytest.mark.parametrize("strategy", ["bset", "best(seed=1)"])
+def test_a_slip_is_answered_with_what_there_is(costs: Costs, strategy: str) -> None:
+    with pytest.raises(ValueError, match="did you mean 'best'"):
+        make_plan(costs, strategy, cluster=equal_devices(4), num_microbatches=8)
