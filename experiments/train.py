@@ -56,6 +56,13 @@ STRATEGY = flags.DEFINE_string(
     "1f1b",
     "A schedule such as 1f1b or zb-v, best to search for one, or the path of a plan file.",
 )
+ADAPT_EVERY = flags.DEFINE_integer(
+    "adapt_every",
+    None,
+    "After so many steps each, take three more on the last batch, measure their tasks, and go on "
+    "in the order that is best for what they take.",
+    lower_bound=1,
+)
 NUM_STEPS = flags.DEFINE_integer("num_steps", 200, "Steps to train for.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Sequences in a batch.", lower_bound=1)
 SEQUENCE_LENGTH = flags.DEFINE_integer(
@@ -80,6 +87,7 @@ SETTINGS = (
     NUM_DEVICES,
     NUM_MICROBATCHES,
     STRATEGY,
+    ADAPT_EVERY,
     NUM_STEPS,
     BATCH_SIZE,
     SEQUENCE_LENGTH,
@@ -253,6 +261,9 @@ def train(
                 )
                 eval_losses.append((step, eval_loss))
                 bar.print(f"step {step:4}  loss {losses[-1]:.3f}  evaluation {eval_loss:.3f}")
+            if ADAPT_EVERY.value is not None and step % ADAPT_EVERY.value == 0:
+                state, adaptation = trainer.adapt(state, batch)
+                bar.print(f"step {step:4}  {adaptation}", markup=False)
             bar.update(task, completed=step, description=f"loss {losses[-1]:.3f}")
     history = History(losses=tuple(losses), eval_losses=tuple(eval_losses), step_s=tuple(step_s))
     return state.params, history

@@ -94,6 +94,10 @@ class Compiled:
         self._training: dict[optax.GradientTransformation, Training] = {}
         self.used: Training | None = None  # None: the gradient
 
+    def adapted(self, pipeline: Pipeline) -> "Compiled":
+        """Return the same in another order: for a pipeline with these stages on these devices."""
+        return Compiled(pipeline, self._compiler, self._param_types)
+
     @functools.cached_property
     def evaluation(self) -> Executable:
         """The forward alone."""

@@ -162,6 +162,14 @@ class Pipelined:
         self.shown = self.shown or compiled
         return Call(compiled, structure, leaves, batch_leaves)
 
+    def replace(self, old: Compiled, new: Compiled) -> None:
+        """Let calls that have used `old` use `new` from now on: with another order, say."""
+        for model, plan in self._plans.items():
+            if plan is old.pipeline.plan:
+                self._plans[model] = new.pipeline.plan
+        for same in self._compiled.values():
+            same[:] = [(known, new if each is old else each) for known, each in same]
+
     def _compile(self, graphdef: Any, params: Any, batch: Any, previous: Plan | None) -> Compiled:
         options, loss_fn = self.options, self._loss_fn
         if graphdef is not None:

@@ -9,6 +9,7 @@ import jax
 import optax
 from flax import nnx
 
+from jaxptis.adapt import Adaptation, adapt
 from jaxptis.call import Call, Compiled, Training, make_on_devices
 from jaxptis.executor import holdings
 from jaxptis.executor.compiled import Compiler
@@ -28,6 +29,8 @@ class Bindable(Protocol):
     def compiler(self) -> Compiler: ...
 
     shown: Compiled | None
+
+    def replace(self, old: Compiled, new: Compiled) -> None: ...
 
     def bind(self, graphdef: Any, params: Any, batch: Any) -> Call: ...
 
@@ -151,6 +154,22 @@ class TrainStep:
             plain_s=tuple(plain_s),
             clock_error_s=error_s,
         )
+
+    def adapt(self, state: TrainState, batch: Any, num_steps: int) -> tuple[TrainState, Adaptation]:
+        """Measure steps, and go on in the best order; see `jaxptis.Trainer.adapt`."""
+        state, profile = self.profile(state, batch, num_steps)
+        old = self._call(state.graphdef, state.params, state.model_state, batch).compiled
+        pipeline, adaptation = adapt(old.pipeline, profile)
+        if not adaptation.is_new:
+            return state, adaptation
+        compiler = self._pipelined.compiler
+        count = compiler.num_compilations
+        new = old.adapted(pipeline)
+        new.used = new.train_step(self._optimizer)
+        self._pipelined.replace(old, new)
+        self._pipelined.shown = new
+        compiled = compiler.num_compilations - count
+        return state, dataclasses.replace(adaptation, num_compilations=compiled)
 
     def _take(
         self,

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxptis.adapt import Adaptation
 from jaxptis.call import CompiledStage, make_on_devices
 from jaxptis.executor.memory import DeviceMemory
 from jaxptis.flax_models import Recipe
@@ -125,6 +126,25 @@ class Trainer:
           The state after all of them, and what was measured; the same in every process.
         """
         return self._step.profile(state, batch, num_steps)
+
+    def adapt(
+        self, state: TrainState, batch: Any, *, num_steps: int = 1
+    ) -> tuple[TrainState, Adaptation]:
+        """Take steps, measure how long tasks take, and go on with the order that is best for that.
+
+        For a device that is throttled, or batches that have become longer. The stages stay where
+        they are, so no program of theirs is compiled again. What the step is predicted to take by
+        a new partition is said, too; that needs a new trainer, with the plan `other`.
+
+        Args:
+          state: consumed.
+          batch: of every step.
+          num_steps: how many steps to record; the median one counts. See `profile`.
+
+        Returns:
+          The state after these steps, and what was found; the same in every process.
+        """
+        return self._step.adapt(state, batch, num_steps)
 
     def evaluate(self, state: TrainState, batch: Any) -> dict[str, Any]:
         """Return the metrics of a batch, by the forward alone."""
