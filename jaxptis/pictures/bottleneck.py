@@ -12,20 +12,22 @@ from jaxptis.plan import Plan
 # A device whose work is above the mean by less than this is like the others: even a good partition
 # leaves as much, since a layer is not cut.
 _STANDS_OUT = 0.05
-# Shares of the step below this are left out of sentences.
+# A device with less work than the busiest by less than this is as busy.
+_ALIKE = 0.01
+# Shares of the step, or of the memory at its peak, below this are left out of sentences.
 _WORTH_SAYING = 0.01
 
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """The device that holds up the others, None if all have like work, and a sentence on it."""
+    """The devices that hold up the others, none if all have like work, and a sentence on them."""
 
-    device: int | None
+    devices: tuple[int, ...]
     sentence: str
 
 
 def find_bottleneck(timeline: Timeline, plan: Plan | None = None) -> Bottleneck:
-    """Find the device with the most work, and what else the step is long for.
+    """Find the devices with the most work, and what else the step is long for.
 
     No step is shorter than the work of its busiest device. So what that device has above the mean
     is what a better partition could save, and the time in which it idles is what a better placement
@@ -40,23 +42,15 @@ def find_bottleneck(timeline: Timeline, plan: Plan | None = None) -> Bottleneck:
     """
     named(timeline, None, plan)
     facts = device_facts(timeline)
-    most = max(facts, key=lambda each: each.busy_s)
     if len(facts) == 1:
-        return Bottleneck(None, f"The only device computes {percent(most.share)} of the step.")
-    mean = sum(each.share for each in facts) / len(facts)
-    above = most.share - mean
-    if above <= _STANDS_OUT * mean:
-        return Bottleneck(None, _of_none(facts, timeline.step_s))
-    share, others, reason = percent(most.share), _others(most, facts), _heaviest_stage(most, plan)
-    if above >= 1 - most.share:
-        waits = "waits" if len(facts) == 2 else "wait"
-        sentence = f"computes {share} of the step, {others} and {waits} for it: {reason}"
-    else:
-        idle = _idle([most], timeline.step_s)
-        sentence = (
-            f"has the most work, {share} of the step ({others}): {reason}. But it idles: {idle}"
-        )
-    return Bottleneck(most.device, f"Device {most.device} {sentence}.")
+        return Bottleneck((), f"The only device computes {percent(facts[0].share)} of the step.")
+    most_s = max(each.busy_s for each in facts)
+    mean_s = sum(each.busy_s for each in facts) / len(facts)
+    if most_s - mean_s <= _STANDS_OUT * mean_s:
+        return Bottleneck((), _of_none(facts, timeline.step_s))
+    busiest = [each for each in facts if each.busy_s >= most_s * (1 - _ALIKE)]
+    devices = tuple(each.device for each in busiest)
+    return Bottleneck(devices, _of_busiest(busiest, facts, timeline.step_s, plan))
 
 
 def _of_none(facts: Sequence[DeviceFacts], step_s: float) -> str:
@@ -65,11 +59,37 @@ def _of_none(facts: Sequence[DeviceFacts], step_s: float) -> str:
     return f"No device holds up the others: {computes}; {_idle(facts, step_s)}."
 
 
-def _others(most: DeviceFacts, facts: Sequence[DeviceFacts]) -> str:
-    others = [each.share for each in facts if each is not most]
-    if len(others) == 1:
-        return f"the other {percent(others[0])}"
-    return f"the others {percent(sum(others) / len(others))} on average"
+def _of_busiest(
+    busiest: Sequence[DeviceFacts], facts: Sequence[DeviceFacts], step_s: float, plan: Plan | None
+) -> str:
+    first, *like = busiest
+    rest = [each.share for each in facts if each not in busiest]
+    share = percent(first.share) + " of the step" + _like([each.device for each in like])
+    others = _others(rest)
+    reason = _heaviest_stage(first, plan)
+    mean = sum(each.share for each in facts) / len(facts)
+    if first.share - mean < 1 - first.share:
+        has = f"has the most work, {share} ({others})"
+        return f"Device {first.device} {has}: {reason}. But it idles: {_idle([first], step_s)}."
+    waits = f"{'waits' if len(rest) == 1 else 'wait'} for {'them' if like else 'it'}"
+    return f"Device {first.device} computes {share}, {others} and {waits}: {reason}."
+
+
+def _like(devices: Sequence[int]) -> str:
+    """Say which others are as busy; those that follow one another by the first and the last."""
+    if not devices:
+        return ""
+    low, high = devices[0], devices[-1]
+    if len(devices) > 2 and high - low == len(devices) - 1:
+        return f", as do devices {low} to {high}"
+    words = "as does device" if len(devices) == 1 else "as do devices"
+    return f", {words} {and_list([str(each) for each in devices])}"
+
+
+def _others(shares: Sequence[float]) -> str:
+    if len(shares) == 1:
+        return f"the other {percent(shares[0])}"
+    return f"the others {percent(sum(shares) / len(shares))} on average"
 
 
 def _heaviest_stage(facts: DeviceFacts, plan: Plan | None) -> str:
@@ -106,7 +126,8 @@ def say_memory(timeline: Timeline) -> str:
     device = peaks.index(max(peaks))
     curve = timeline.memory[device]
     parts = sorted(curve.peak_parts.items(), key=lambda item: -item[1])
-    said = [f"{name} {size(num_bytes)}" for name, num_bytes in parts if num_bytes]
+    least = max(1, _WORTH_SAYING * curve.peak_bytes)
+    said = [f"{name} {size(num_bytes)}" for name, num_bytes in parts if num_bytes >= least]
     needs = f"{size(curve.peak_bytes)} at {duration(curve.peak_s)}"
     needs += f": {and_list(said)}" if said else ""
     if len(peaks) > 1 and min(peaks) == max(peaks):

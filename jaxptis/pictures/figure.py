@@ -22,8 +22,8 @@ _ROW_IN = 0.2
 _FONT_PT = 7
 _NUMBER_PT = 5
 _DIGIT_PT = 3.75  # as wide as a digit of that height, and a little more
-# More boxes than this in a row become pixels inside of the PDF or SVG: readers of them grow slow.
-_MOST_VECTOR_BOXES = 5_000
+# More boxes than this become pixels inside of the PDF or SVG: readers of them grow slow.
+_MOST_VECTOR_BOXES = 20_000
 _UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 
 
@@ -57,6 +57,7 @@ def save_figure(
             "figures are drawn by matplotlib, which is missing; pip install 'jaxptis[pictures]'"
         ) from error
     step_s = max(each.step_s for each in given.values())
+    num_boxes = sum(len(row) for each in given.values() for row in each.spans)
     height_in = 0.55 + len(given) * (0.25 + _ROW_IN * len(timeline.spans)) + 0.2 * bool(title)
     settings = {
         "font.size": _FONT_PT,
@@ -72,7 +73,7 @@ def save_figure(
         for place, (name, one) in enumerate(given.items(), start=1):
             axes = figure.add_subplot(len(given), 1, place)
             axes.set_title(name, loc="left", fontsize=_FONT_PT)
-            _draw(axes, one, step_s, plan)
+            _draw(axes, one, step_s, plan, are_pixels=num_boxes > _MOST_VECTOR_BOXES)
         _draw_legend(figure, given.values())
         figure.savefig(path, dpi=300)
 
@@ -84,13 +85,15 @@ class _Box(NamedTuple):
     number: str
 
 
-def _draw(axes: "Axes", timeline: Timeline, step_s: float, plan: Plan | None) -> None:
+def _draw(
+    axes: "Axes", timeline: Timeline, step_s: float, plan: Plan | None, *, are_pixels: bool
+) -> None:
     unit, unit_s = next((each for each in _UNITS if step_s >= each[1]), _UNITS[-1])
     facts = device_facts(timeline)
     point = step_s / unit_s / _AXES_PT  # the width of one, in the unit of the axis
     for device, row in enumerate(timeline.spans):
         boxes = _boxes(row, facts[device].stages, unit_s)
-        _draw_boxes(axes, device, boxes, point)
+        _draw_boxes(axes, device, boxes, point, are_pixels=are_pixels)
         _draw_numbers(axes, device, boxes, point)
         _write_beside(axes, device, percent(1 - facts[device].share))
     _write_beside(axes, -1, "bubble")
@@ -115,7 +118,9 @@ def _boxes(row: Sequence[Span], stages: Sequence[int], unit_s: float) -> list[_B
     ]
 
 
-def _draw_boxes(axes: "Axes", device: int, boxes: Sequence[_Box], point: float) -> None:
+def _draw_boxes(
+    axes: "Axes", device: int, boxes: Sequence[_Box], point: float, *, are_pixels: bool
+) -> None:
     ranges: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
     for box in boxes:
         ranges[box.color].append((box.left, box.width))
@@ -127,7 +132,7 @@ def _draw_boxes(axes: "Axes", device: int, boxes: Sequence[_Box], point: float) 
             facecolors=color,
             edgecolors="white",
             linewidth=0.4 if are_wide else 0,
-            rasterized=len(boxes) > _MOST_VECTOR_BOXES,
+            rasterized=are_pixels,
         )
 
 
@@ -161,10 +166,13 @@ def _label(device: int, stages: Sequence[int], plan: Plan | None) -> str:
 def _draw_legend(figure: "Figure", given: Iterable[Timeline]) -> None:
     from matplotlib.patches import Patch
 
-    kinds = {span.task.kind for one in given for row in one.spans for span in row}
+    rows = [row for one in given for row in one.spans]
+    kinds = {span.task.kind for row in rows for span in row}
     patches = [
         Patch(color=color, label=f"{kind} {KIND_WORDS[kind]}")
         for kind, color in KIND_COLORS.items()
         if kind in kinds
     ]
+    if any(len({span.task.stage for span in row}) > 1 for row in rows):
+        patches.append(Patch(alpha=0, label="lighter: a later stage of the device"))
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)

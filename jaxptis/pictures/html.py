@@ -118,7 +118,7 @@ def _timeline(name: str, timeline: Timeline, plan: Plan | None) -> Json:
     return {
         "name": name,
         "step_s": _short(timeline.step_s),
-        "bottleneck": bottleneck.device,
+        "bottleneck": bottleneck.devices,
         "sentences": [each for each in (bottleneck.sentence, say_memory(timeline)) if each],
         "devices": [_device(facts) for facts in device_facts(timeline)],
         # The tasks of all devices, one device after the other; device i has first[i] to first[i+1].

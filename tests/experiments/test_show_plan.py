@@ -79,7 +79,7 @@ def test_a_plan_of_a_file_and_its_step(costs_file, tmp_path):
         assert device["peak_parts"]["parameters"] == PARAM_BYTES
         assert device["peak_bytes"] == sum(device["peak_parts"].values())
         assert device["memory_bytes"] == 24 * 10**9
-    assert figures["refusal"] is None and figures["bottleneck"]["device"] is None
+    assert figures["refusal"] is None and figures["bottleneck"]["devices"] == []
     plan = Plan.parse(figures["plan"])
     assert [stage.layers for stage in plan.stages] == [
         (layer["name"],) for layer in figures["layers"]

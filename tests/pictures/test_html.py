@@ -162,7 +162,7 @@ def test_predicted_and_measured_stand_together(tmp_path):
     predicted, measured = page.data["timelines"]
     assert predicted["kind"] == measured["kind"]
     assert [each["memory"] is None for each in measured["devices"]] == [True] * 4
-    assert predicted["bottleneck"] == measured["bottleneck"] == 3
+    assert predicted["bottleneck"] == measured["bottleneck"] == [3]
 
 
 def test_tasks_are_in_order_of_time(tmp_path):

@@ -103,8 +103,20 @@ def test_a_figure_has_text_and_boxes(tmp_path):
         f"device {device}: 2 layers" for device in range(4)
     ]
     assert texts.count("20 %") == 4
+    assert "lighter: a later stage of the device" not in texts
     # A forward and a backward on each of 4 devices; 0 may stand at the axis, too.
     assert [texts.count(str(m)) for m in (1, 7, 11)] == [8, 8, 8]
+
+
+def test_a_figure_explains_lighter_boxes_and_many_become_pixels(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra 'pictures'")
+    few, many = tmp_path / "few.svg", tmp_path / "many.svg"
+    even("zb-v", 2, 4)[1].save(few)
+    even("zb-v", 8, 512)[1].save(many)  # 24,576 tasks
+    for path in few, many:
+        assert "lighter: a later stage of the device" in path.read_text()
+    assert "<image" in many.read_text() and "<image" not in few.read_text()
+    assert many.stat().st_size < 2**20
 
 
 def test_without_matplotlib_a_figure_names_the_extra(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 // The boxes of tasks. Those of one colour are gathered and drawn together; those narrower than a
-// pixel are merged, into the colour with the most time and a height that says how full it is.
+// pixel are merged, into the colour with the most time and a height that says how full it is. What
+// a pixel leaves out counts in the next, so that colours have their shares of the lane.
 
 const LETTER = 6.1; // the width of a digit in the font of the boxes
-const merged_s = new Float64Array(palette.length); // of the tasks of a pixel, by colour
+const merged_s = new Float64Array(palette.length); // of tasks not drawn yet, by colour
 
 function drawTasks(visible) {
   const boxes = palette.map(() => []);
@@ -34,6 +35,7 @@ function gather(lane, boxes, numbers) {
   const { start, end, fill } = timeline;
   const last = timeline.first[device + 1];
   const top = topOf(lane), scale = plotWidth / (view.to - view.from);
+  merged_s.fill(0);
   let task = firstAbove((i) => end[i], view.from, timeline.first[device], last);
   while (task < last && start[task] < view.to) {
     const x = LEFT + (start[task] - view.from) * scale;
@@ -60,19 +62,20 @@ function merge({ timeline, device, top, tasks }, task, x, boxes) {
   const { start, end, fill } = timeline;
   const first = task, last = timeline.first[device + 1];
   const from = toTime(x), to = toTime(x + 1);
-  let most = fill[task];
+  let takesTime = false;
   // What the task before has in this pixel fills it, too.
   let filled_s = task > timeline.first[device] ? Math.max(0, end[task - 1] - from) : 0;
   do {
     merged_s[fill[task]] += end[task] - start[task];
-    if (merged_s[fill[task]] > merged_s[most]) most = fill[task];
+    takesTime ||= end[task] > start[task];
     filled_s += Math.min(end[task], to) - start[task];
     task++;
   } while (task < last && start[task] < to && end[task] - start[task] < to - from);
-  const isNothing = merged_s[most] === 0; // a task may take no time
-  for (let each = first; each < task; each++) merged_s[fill[each]] = 0;
+  let most = fill[first];
+  for (let each = first; each < task; each++) if (merged_s[fill[each]] > merged_s[most]) most = fill[each];
+  merged_s[most] -= Math.min(filled_s, to - from);
   const high = Math.round(tasks * Math.max(0.25, Math.min(1, filled_s / (to - from))));
-  if (!isNothing) addPixel(boxes[most], x, top - scrolled + tasks - high, high);
+  if (takesTime) addPixel(boxes[most], x, top - scrolled + tasks - high, high);
   return task;
 }
 

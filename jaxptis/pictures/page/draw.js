@@ -79,16 +79,16 @@ function drawMemory(lane) {
   pen.globalAlpha = 1;
   pen.lineWidth = 1;
   pen.stroke();
-  drawPeak(toX(peak_s), toY(peak_bytes), size(peak_bytes));
+  drawPeak(toX(peak_s), toY(peak_bytes), size(peak_bytes), peak_bytes === mostBytes);
 }
 
-function drawPeak(x, y, text) {
+function drawPeak(x, y, text, isMost) {
   if (x < LEFT - 1 || x > LEFT + plotWidth + 1) return;
   pen.fillStyle = theme.ink;
   pen.beginPath();
   pen.arc(x, y, 2.6, 0, 7);
   pen.fill();
-  pen.font = `11px ${theme.font}`;
+  pen.font = `${isMost ? "700 " : ""}11px ${theme.font}`;
   pen.textBaseline = "middle";
   const isRight = x > LEFT + plotWidth - 90;
   pen.textAlign = isRight ? "right" : "left";
@@ -112,7 +112,7 @@ function drawPointer() {
 function drawHead(lane) {
   const { timeline, device } = lane;
   const facts = timeline.devices[device], top = topOf(lane);
-  const isFirst = timeline === timelines[0], isMarked = timeline.bottleneck === device;
+  const isFirst = timeline === timelines[0], isMarked = timeline.bottleneck.includes(device);
   pen.save();
   pen.beginPath();
   pen.rect(0, TOP, LEFT, height);
@@ -152,7 +152,7 @@ function drawAxis() {
     pen.lineTo(x, TOP);
     pen.stroke();
     pen.fillStyle = theme.soft;
-    if (x < LEFT + plotWidth - 20) pen.fillText(duration(Number((k * each).toPrecision(12))), x, TOP / 2 - 2);
+    if (x < LEFT + plotWidth - 20) pen.fillText(tick(k * each, each), x, TOP / 2 - 2);
   }
   pen.strokeStyle = theme.line;
   pen.strokeRect(LEFT, TOP - 0.5, plotWidth, 0);

@@ -3,12 +3,9 @@
 const chart = document.getElementById("chart");
 const canvas = chart.querySelector("canvas");
 const LEFT = isCompared ? 218 : 156, RIGHT = 14, TOP = 24;
-// Heights of the parts of a lane and the gap between devices; the largest with which all fit.
-const SIZES = [
-  { tasks: 27, transfers: 8, memory: 40, gap: 12 },
-  { tasks: 20, transfers: 7, memory: 24, gap: 8 },
-  { tasks: 15, transfers: 6, memory: 14, gap: 3 },
-];
+// Heights of the parts of a lane and the gap between devices; in between, as far as all fit.
+const LEAST = { tasks: 14, transfers: 5, memory: 18, gap: 2 };
+const MOST = { tasks: 27, transfers: 8, memory: 40, gap: 12 };
 const MOST_OF_WINDOW = 0.82;
 
 const view = { from: 0, to: longest_s }; // seconds
@@ -22,11 +19,10 @@ let awaited = false;
 
 function layOut() {
   const room = Math.max(240, innerHeight * MOST_OF_WINDOW);
-  let bottom;
-  for (const sizes of SIZES) {
-    bottom = stack(sizes);
-    if (bottom <= room) break;
-  }
+  const least = stack(LEAST);
+  const share = Math.min(1, Math.max(0, (room - least) / (stack(MOST) - least)));
+  const between = ([part, high]) => [part, Math.floor(high + share * (MOST[part] - high))];
+  const bottom = stack(Object.fromEntries(Object.entries(LEAST).map(between)));
   height = Math.round(Math.min(bottom, room));
   chart.style.height = `${height + 2}px`;
   ratio = window.devicePixelRatio || 1;

@@ -1,21 +1,28 @@
 // The title, the sentences, the legend and the tables; then the first drawing.
 
-const PARTS = ["#33415c", "#5c677d", "#979dac", "#7b2cbf", "#b185db", "#e08fc0", "#c9ada7"];
+const PARTS = ["#4f628c", "#8090b3", "#b4bed1", "#7b2cbf", "#b185db", "#e08fc0", "#c9ada7"];
 const partColors = [...new Set(curves.flatMap((each) => Object.keys(each.parts)))]
   .map((name, i) => [name, PARTS[i % PARTS.length]])
   .filter(([name]) => curves.some((each) => each.parts[name]));
+const PART_WORDS = {
+  saved: "by forwards, for their backwards",
+  kept: "from input gradients on, for weight gradients",
+  transfers: "what is on its way between stages",
+  temporaries: "of the task that runs",
+};
 const inTime = inUnit(TIMES, longest_s, 3), inSize = inUnit(SIZES_OF_MEMORY, mostBytes, 2);
 const IDLE = [["warm_up_s", "warm-up", "#c9ced6"], ["steady_s", "steady", "#8c95a3"], ["cool_down_s", "cool-down", "#dfe2e7"]];
 
 function writeHead() {
   document.querySelector("h1").textContent = data.title;
   const steps = timelines.map((each) => `step ${duration(each.step_s)} ${each.name}`.trim());
+  steps.unshift(count(numDevices, "device"), count(timelines[0].numMicrobatches, "microbatch", "es"));
   if (isCompared) steps.push(`predicted/measured ${(timelines[0].step_s / timelines[1].step_s).toFixed(3)}`);
   document.getElementById("steps").textContent = steps.join(" · ");
   for (const { name, bottleneck, sentences } of timelines) {
     sentences.forEach((sentence, i) => {
       const words = name ? `${name[0].toUpperCase()}${name.slice(1)}: ${sentence}` : sentence;
-      document.getElementById("sentences").append(make("p", words, i || bottleneck === null ? "" : "flag"));
+      document.getElementById("sentences").append(make("p", words, i || !bottleneck.length ? "" : "flag"));
     });
   }
 }
@@ -61,7 +68,12 @@ function toggle(what, words) {
 function writeTables() {
   const tables = document.getElementById("tables");
   tables.append(make("h2", "What every device does with the step"), timeTable());
-  if (hasMemory) tables.append(make("h2", "Memory at the peak of every device"), memoryTable());
+  tables.append(make("p", "It idles before its first task (warm-up), between tasks (steady) and after its last (cool-down). "
+    + "Its transfers are hidden while it computes, and exposed, a part of the idle time, while it does not.", "note"));
+  if (!hasMemory) return;
+  tables.append(make("h2", "Memory at the peak of every device"), memoryTable());
+  const parts = partColors.filter(([name]) => name in PART_WORDS).map(([name]) => `${name}: ${PART_WORDS[name]}`);
+  tables.append(make("p", parts.join("; "), "note"));
 }
 
 // Of a column: its head, what stands in it, and whether that is words.
@@ -79,7 +91,7 @@ function timeTable() {
     columns.push({ head: `exposed, ${inTime.unit}`, cell: ({ facts }) => inTime(facts.exposed_s) });
   }
   columns.push({ head: "the step", isWords: true, cell: ({ facts }) => bar(timeParts(facts), longest_s, duration) });
-  return table(columns, ({ timeline, device }) => timeline.bottleneck === device);
+  return table(columns, ({ timeline, device }) => timeline.bottleneck.includes(device));
 }
 
 function timeParts(facts) {
@@ -88,7 +100,7 @@ function timeParts(facts) {
 }
 
 function stageWords({ stage_s }) {
-  const words = make("span");
+  const words = make("span", "", "layers");
   for (const stage of Object.keys(stage_s)) {
     const { layers } = data.stages[stage];
     words.append(make("span", layers.length ? `${stage}: ${layerWords(layers, 3)}` : stage, "stage"), " ");

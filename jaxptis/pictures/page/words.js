@@ -27,10 +27,18 @@ function percent(share) {
 
 // A time in the step, in as many digits as tell a pixel from the next.
 function moment(time_s) {
+  return tick(time_s, (view.to - view.from) / 1000);
+}
+
+// A time in the unit that suits the step, in as many digits as tell it from one `apart_s` away.
+function tick(time_s, apart_s) {
   const [unit, each] = TIMES.find((one) => longest_s >= one[1]) ?? TIMES.at(-1);
-  const finest = (view.to - view.from) / 1000;
-  const decimals = Math.min(9, Math.max(0, -Math.floor(Math.log10(finest / each))));
+  const decimals = Math.min(9, Math.max(0, -Math.floor(Math.log10(apart_s / each) + 1e-9)));
   return `${(time_s / each).toFixed(decimals)} ${unit}`;
+}
+
+function count(number, noun, ending = "s") {
+  return `${number} ${noun}${number === 1 ? "" : ending}`;
 }
 
 function taskName(timeline, task) {
