@@ -1,5 +1,6 @@
 # make train    trains a small LLaMA-2 through a pipeline of four CPU devices
 # make test     everything that CI checks
+# Tests of pages need a Chromium on PATH or in $CHROMIUM, and are skipped without.
 # Both set up a virtual environment first, once. Another Python: make test PYTHON=python3.12 VENV=.venv312
 
 PYTHON ?= python3

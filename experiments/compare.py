@@ -1,4 +1,4 @@
-"""Compares what is predicted of steps with what they take: models x strategies, on these devices.
+r"""Compares what is predicted of steps with what they take: models x strategies, on these devices.
 
 MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 \
 python -m experiments.launch --num_processes=2 --pin -- experiments.compare --num_devices=2 \
@@ -40,6 +40,7 @@ import jaxptis
 from experiments import distributed
 from experiments.random_plan import random_plan
 from experiments.sleeping import measure_asleep
+from experiments.wide_console import wide_console
 from jaxptis.cluster import Cluster
 from jaxptis.performance import Costs, Timeline
 from jaxptis.pipelined import Pipelined
@@ -48,6 +49,7 @@ from models import MODELS, Model
 RANDOM = "random"
 INTERLEAVED = "interleaved"
 
+flags.adopt_module_key_flags(distributed)  # --help lists them
 NAMES = flags.DEFINE_list("models", list(MODELS), "Families of models.")
 SIZE = flags.DEFINE_string("size", "tiny", "Which size of each.")
 STRATEGIES = flags.DEFINE_list(
@@ -158,7 +160,7 @@ def main(argv: list[str]) -> None:
     if ASLEEP.value and jax.process_count() > 1:
         raise app.UsageError("--asleep is for one process, whose cores hold all devices")
     first = jax.process_index() == 0
-    console = Console(quiet=not first)
+    console = wide_console(quiet=not first)
     rows: list[Row] = []
     with Progress(console=console) as bar:
         task = bar.add_task("measuring", total=len(NAMES.value) * len(STRATEGIES.value))

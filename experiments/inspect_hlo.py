@@ -27,15 +27,17 @@ import jaxptis
 from experiments.chosen_model import MODEL, SIZE
 from experiments.hlo_page import save_page
 from experiments.model_layers import loss_of
+from experiments.refused import refused_plainly
 from experiments.stage_hlo import Inspected, count, inspect, name_collectives, to_json
+from experiments.wide_console import wide_console
 from jaxptis.call import CompiledStage
 from jaxptis.cluster import DEVICE_SPECS, DeviceSpec, kind_of
 from jaxptis.executor.stage_tasks import KINDS
 from jaxptis.pictures.words import duration, layer_names, percent, size
 from models import MODELS
 
-FILE_WIDTH = 120  # characters of what is not printed to a terminal
-
+for flag in (MODEL, SIZE):
+    flags.declare_key_flag(flag.name)  # which --help lists
 NUM_DEVICES = flags.DEFINE_integer("num_devices", 4, "Devices in the pipeline.", lower_bound=1)
 NUM_MICROBATCHES = flags.DEFINE_integer(
     "num_microbatches", 8, "Parts that each batch is cut into.", lower_bound=1
@@ -74,15 +76,18 @@ def _has_folder(path: str | None) -> bool:
     return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
+@flags.validator("html_output", "it is a page for a browser; let it end in .html")
+def _is_page(path: str | None) -> bool:
+    return path is None or path.endswith(".html")
+
+
 def main(argv: list[str]) -> None:
     """Compiles, prints the figures, and writes the files."""
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
-    console = Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = wide_console()
     devices = find_devices()
-    with console.status("finding layers and planning"):
+    with console.status("finding layers and planning"), refused_plainly():
         stages = lower(devices)
     found = compile_chosen(stages, DEVICE_SPECS[kind_of(devices[0])], console)
     report(found, console)

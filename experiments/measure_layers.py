@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.chosen_costs import OPTIMIZER, device_spec, make_optimizer
+from experiments.chosen_costs import DEVICE, OPTIMIZER, device_spec, make_optimizer
 from experiments.chosen_model import MODEL, SIZE
 from experiments.model_layers import layers_of
+from experiments.wide_console import wide_console
 from jaxptis.performance.costs import Costs, LayerCost, TiedParams
 from jaxptis.performance.estimate import estimate
 from jaxptis.performance.measure import measure
@@ -48,9 +49,10 @@ BYTES = {
     "kept": "kept_bytes",
     "temp": "temporary_bytes",
 }
-FILE_WIDTH = 120  # characters of what is not printed to a terminal
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
+for flag in (MODEL, SIZE, DEVICE, OPTIMIZER):
+    flags.declare_key_flag(flag.name)  # which --help lists
 SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "Tokens predicted in each sequence.", lower_bound=1)
 MICROBATCH_SIZE = flags.DEFINE_integer(
     "microbatch_size", 1, "Sequences in a microbatch.", lower_bound=1
@@ -85,9 +87,7 @@ def main(argv: list[str]) -> None:
     """Prints a line a kind of layer, and writes all costs to --json_output."""
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
-    console = Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = wide_console()
     costs, ratios = find_costs(console)
     report(costs, console)
     if ratios:

@@ -15,21 +15,27 @@ import sys
 from typing import Any
 
 from absl import app, flags, logging
-from rich.console import Console
 
 from experiments.chosen_cluster import NUM_MICROBATCHES, OF_CLUSTER, chosen_cluster
 from experiments.chosen_costs import DEVICE, OPTIMIZER
-from experiments.chosen_layers import chosen_layers, layers_settings, layers_title
+from experiments.chosen_layers import (
+    COSTS,
+    OF_MODEL,
+    chosen_layers,
+    layers_settings,
+    layers_title,
+)
 from experiments.predicted_step import PredictedStep, report, to_json
 from experiments.refused import refused_plainly
+from experiments.wide_console import wide_console
 from jaxptis.cluster import DeviceSpec
 from jaxptis.make_plan import make_plan
 from jaxptis.performance import Costs, simulate
 from jaxptis.performance.check_memory import check_memory
 from jaxptis.pictures.bottleneck import find_bottleneck
 
-FILE_WIDTH = 120  # characters of what is not printed to a terminal
-
+for flag in (COSTS, *OF_MODEL, *OF_CLUSTER):
+    flags.declare_key_flag(flag.name)  # which --help lists
 STRATEGY = flags.DEFINE_string(
     "strategy",
     None,
@@ -69,9 +75,7 @@ def main(argv: list[str]) -> None:
     """Prints the layers, then the plan and what is predicted, and writes the files."""
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
-    console = Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = wide_console()
     refusal = None
     chosen = chosen_layers(console, with_costs=STRATEGY.value is not None)
     figures: Json = {"settings": settings(), "layers": chosen.layers}

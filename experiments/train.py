@@ -35,6 +35,9 @@ NUM_EVALUATIONS = 10
 NUM_EVALUATION_BATCHES = 4
 TOKENIZER_JSON = "tokenizer.json"
 
+flags.adopt_module_key_flags(distributed)  # --help lists them
+for flag in (MODEL, SIZE):
+    flags.declare_key_flag(flag.name)
 LOAD = flags.DEFINE_string(
     "load", None, "Folder of a Hugging Face checkpoint to go on from, in place of a model and size."
 )

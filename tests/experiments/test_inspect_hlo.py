@@ -93,6 +93,8 @@ def test_equal_stages_are_compiled_once(tmp_path):
         ("--size=56B", "the model has no such size"),
         ("--output_dir=/no/such/folder", "the folder around it does not exist"),
         ("--html_output=/no/such/page.html", "its folder does not exist"),
+        ("--html_output=page.txt", "let it end in .html"),
+        ("--strategy=zbv", "did you mean 'zb-v'?"),
         ("tiny", "belong to no flag"),
     ],
 )
@@ -100,3 +102,4 @@ def test_a_bad_flag_is_named(flag, complaint):
     run = inspect_hlo("--sequence_length=8", flag)
     assert run.returncode != 0
     assert complaint in run.stderr + run.stdout
+    assert "Traceback" not in run.stderr

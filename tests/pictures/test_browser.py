@@ -211,6 +211,9 @@ def test_the_tables_and_sentences_are_written(opened):
         f"Predicted: {say_memory(timeline)}",
         f"Measured: {find_bottleneck(measured, plan).sentence}",
     ]
+    steps = browser.run("document.getElementById('steps').innerText")
+    assert steps.startswith("4 devices · 8 microbatches · step ")
+    assert browser.run("tick(0.05, 0.01)") == "50 ms"
     rows = browser.run(
         """[...document.querySelectorAll("table")].map((table) =>
           [...table.rows].map((row) => [...row.cells].map((cell) => cell.innerText.trim())))"""
@@ -233,6 +236,17 @@ def test_the_tables_and_sentences_are_written(opened):
         "[...document.querySelectorAll('tr.marked')].map((row) => row.cells[0].innerText)"
     )
     assert marked == ["3", "3", "0"]
+
+
+@pytest.mark.parametrize("strategy", ["1f1b", "zb-v"])
+def test_tables_are_not_cut(opened, strategy):
+    """Nor do a few short names of layers need more than a line."""
+    plan, timeline = even(strategy, 4, 8)
+    browser = opened(timeline, measured=jittered(timeline), plan=plan)
+    tables = "[...document.querySelectorAll('.scroll')]"
+    assert browser.run(f"{tables}.every((each) => each.scrollWidth <= each.clientWidth)")
+    stages = "[...document.querySelectorAll('.stage')]"
+    assert browser.run(f"{stages}.every((each) => each.offsetHeight < 25)")  # a line
 
 
 def test_names_of_users_do_nothing(opened):

@@ -9,6 +9,7 @@ const PART_WORDS = {
   kept: "from input gradients on, for weight gradients",
   transfers: "what is on its way between stages",
   temporaries: "of the task that runs",
+  other: "the batch, constants, results",
 };
 const inTime = inUnit(TIMES, longest_s, 3), inSize = inUnit(SIZES_OF_MEMORY, mostBytes, 2);
 const IDLE = [["warm_up_s", "warm-up", "#c9ced6"], ["steady_s", "steady", "#8c95a3"], ["cool_down_s", "cool-down", "#dfe2e7"]];

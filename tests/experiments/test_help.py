@@ -1,0 +1,20 @@
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "program", ["compare", "inspect_hlo", "measure_layers", "show_plan", "train"]
+)
+def test_help_lists_the_flags_of_shared_files_too(program):
+    """It lists those that are key, of which absl tells in XML."""
+    command = [sys.executable, "-m", f"experiments.{program}", "--helpxml"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    shared = {
+        flag.findtext("name"): flag.findtext("key")
+        for flag in ElementTree.fromstring(run.stdout).iter("flag")
+        if str(flag.findtext("file")).startswith("experiments.")
+    }
+    assert shared and set(shared.values()) == {"yes"}, shared
