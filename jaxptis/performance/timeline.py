@@ -92,9 +92,9 @@ class Timeline:
     def text(self) -> str:
         """Return the step, and of every device its bubble and its tasks, times in milliseconds."""
         lines = [f"step {self.step_s * 1e3:.3f} ms"]
-        for device, row in enumerate(self.spans):
-            busy_ms, bubble = self.busy_s[device] * 1e3, self.bubble[device]
-            lines += ["", f"device {device}: busy {busy_ms:.3f} ms, bubble {bubble:.1%}"]
+        facts = zip(self.spans, self.busy_s, self.bubble, strict=True)
+        for device, (row, busy_s, bubble) in enumerate(facts):
+            lines += ["", f"device {device}: busy {busy_s * 1e3:.3f} ms, bubble {bubble:.1%}"]
             lines += [
                 f"  {span.start_s * 1e3:12.3f} {span.end_s * 1e3:12.3f}  {span.task}"
                 for span in row
