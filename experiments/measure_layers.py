@@ -47,7 +47,10 @@ BYTES = {
     "saved": "saved_bytes",
     "saved all": "saved_all_bytes",
     "kept": "kept_bytes",
-    "temp": "temporary_bytes",
+    "F temp": "forward_temporary_bytes",
+    "B temp": "backward_temporary_bytes",
+    "I temp": "input_grad_temporary_bytes",
+    "W temp": "weight_grad_temporary_bytes",
 }
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 

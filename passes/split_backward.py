@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from passes import jaxprs
-from passes.jaxprs import Jaxpr, Literal, Var
-from passes.saved_values import choose_saved
+from passes.jaxprs import Jaxpr, JaxprEqn, Literal, Var
+from passes.saved_values import CHEAP, FORM, choose_saved
 from passes.stages import Operand, Role, StageProgram, slice_program
 
 
@@ -72,6 +72,53 @@ def held_for_weights(backward: StageProgram) -> list[Var]:
         given=arriving,
         wanted=jaxprs.read_vars(rest).intersection(made.union(arriving)),
     )
+
+
+def held_for_kept_bytes(split: SplitBackward) -> int:
+    """Return what an input gradient holds for what it keeps, beyond the memory of that itself.
+
+    Cheap equations are fused with what reads them: a sum of gradients that only W and other cheap
+    equations read is made for W alone, and XLA is free to leave it to the end. Until then all that
+    it is the sum of stays, but for what its own memory has room for.
+    """
+    if split.input_grad is None or split.weight_grad is None:
+        return 0
+    jaxpr, held = split.input_grad.jaxpr, 0
+    makers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    stored = _stored(jaxpr)
+    results = {v: x for x, v in zip(split.input_grad.writes, jaxpr.outvars, strict=True)}
+    there = stored.intersection(results)
+    for v in makers:
+        if v not in stored and v in results and results[v].role == Role.KEPT:
+            made_of = _made_of(v, makers, stored) - there
+            there |= made_of
+            held += max(0, jaxprs.nbytes(x.aval for x in made_of) - jaxprs.nbytes([v.aval]))
+    return held
+
+
+def _stored(jaxpr: Jaxpr) -> set[Var]:
+    """Return what equations make that is not fused with all of its readers: in memory at once."""
+    stored: set[Var] = set()
+    for eqn in reversed(jaxpr.eqns):
+        name = eqn.primitive.name
+        if name not in CHEAP:
+            stored.update(eqn.outvars)
+        if name not in CHEAP or (name in FORM and not stored.isdisjoint(eqn.outvars)):
+            stored.update(jaxprs.reads(eqn))
+    return stored
+
+
+def _made_of(value: Var, makers: Mapping[Var, JaxprEqn], stored: set[Var]) -> set[Var]:
+    """Return what is in memory of which a value follows by cheap equations, but for inputs."""
+    found: set[Var] = set()
+    behind = [value]
+    while behind:
+        v = behind.pop()
+        if v in stored and v in makers:
+            found.add(v)
+        elif v in makers:
+            behind += jaxprs.reads(makers[v])
+    return found
 
 
 def _cut(jaxpr: Jaxpr, written: Sequence[tuple[Operand, Var | Literal]]) -> tuple[Jaxpr, Jaxpr]:

@@ -69,7 +69,7 @@ class Problem(NamedTuple):
                 ]
             ),
             input_bytes=_column(costs, lambda x: x.input_bytes),
-            temporary_bytes=_column(costs, lambda x: x.temporary_bytes),
+            temporary_bytes=_column(costs, _most_temporary),
             start_s=costs.start_s,
             speed=np.array([device.speed for device in cluster.devices]),
             memory=np.array([float(x.memory_bytes or np.inf) for x in cluster.devices]),
@@ -94,6 +94,15 @@ def _running(rows: list[list[float]]) -> np.ndarray:
 
 def _column(costs: Costs, number: Callable[[LayerCost], int]) -> np.ndarray:
     return np.array([float(number(layer)) for layer in costs.layers])
+
+
+def _most_temporary(layer: LayerCost) -> int:
+    return max(
+        layer.forward_temporary_bytes,
+        layer.backward_temporary_bytes,
+        layer.input_grad_temporary_bytes,
+        layer.weight_grad_temporary_bytes,
+    )
 
 
 def _lasting(layer: LayerCost) -> int:

@@ -3,7 +3,7 @@
 import itertools
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -38,12 +38,17 @@ class LayerCost:
             the input and of the gradient that came.
         made_bytes: how much more there is while I runs: what it keeps and the gradient of the
             input, as far as they do not take the place of something that W does not read.
-        held_bytes: what of it a whole backward of several layers holds to its end, where XLA leaves
-            the gradients of weights.
         param_bytes: of the parameters that no other layer reads.
         grad_bytes: of the sums of their gradients.
         state_bytes: of the optimizer's state of them.
-        temporary_bytes: the most that one of its programs needs beside all this.
+        forward_temporary_bytes: the most that F needs beside all this while it runs.
+        backward_temporary_bytes: likewise, of B.
+        input_grad_temporary_bytes: likewise, of I.
+        weight_grad_temporary_bytes: likewise, of W.
+        backward_held_bytes: what B of several layers holds of this one to its end, where XLA leaves
+            the gradients of weights.
+        input_grad_held_bytes: what I of several layers holds of this one to its end, where XLA
+            leaves what is cheap of that which it keeps.
         spread: the interquartile range over the median of measured seconds, the largest of its
             programs.
 
@@ -62,11 +67,15 @@ class LayerCost:
     saved_all_bytes: int = 0
     kept_bytes: int = 0
     made_bytes: int = 0
-    held_bytes: int = 0
     param_bytes: int = 0
     grad_bytes: int = 0
     state_bytes: int = 0
-    temporary_bytes: int = 0
+    forward_temporary_bytes: int = 0
+    backward_temporary_bytes: int = 0
+    input_grad_temporary_bytes: int = 0
+    weight_grad_temporary_bytes: int = 0
+    backward_held_bytes: int = 0
+    input_grad_held_bytes: int = 0
     spread: float = 0.0
 
     def __post_init__(self) -> None:
@@ -218,6 +227,48 @@ class Costs:
         if recompute == "none":
             return inside + sum(layer.saved_all_bytes for layer in layers)
         return inside + sum(layer.saved_bytes for layer in layers)
+
+    def temporary_bytes(
+        self, stage_layers: range, kind: str, recompute: Recompute = "cheap"
+    ) -> int:
+        """Return what one task of a stage needs while it runs, beside what lasts.
+
+        A backward goes from the last layer to the first, and holds something of each to its end.
+        Where the stage recomputes all, what is saved otherwise is a temporary of B or I.
+
+        Raises:
+            ValueError: `kind` is not F, B, I or W.
+        """
+        layers = [self.layers[index] for index in reversed(stage_layers)]
+        again = self.saved_bytes(stage_layers) if recompute == "all" else 0
+        match kind:
+            case "F":
+                return max(layer.forward_temporary_bytes for layer in layers)
+            case "B":
+                return again + _most(
+                    (layer.backward_temporary_bytes, layer.backward_held_bytes) for layer in layers
+                )
+            case "I" if self.makes_input_grad(stage_layers):
+                return again + _most(
+                    (layer.input_grad_temporary_bytes, layer.input_grad_held_bytes)
+                    for layer in layers
+                )
+            case "I":
+                return 0
+            case "W" if self.makes_input_grad(stage_layers):
+                return max(layer.weight_grad_temporary_bytes for layer in layers)
+            case "W":
+                return self.temporary_bytes(stage_layers, "B", recompute)
+        raise ValueError(f"task kind {kind!r} is not known; use one of F, B, I, W")
+
+
+def _most(layers: Iterable[tuple[int, int]]) -> int:
+    """Return the most that layers in turn need, each with what those before it hold."""
+    most = held = 0
+    for needs, holds in layers:
+        most = max(most, needs + held)
+        held += holds
+    return most
 
 
 def check_number(name: str, value: Any, owner: str) -> None:

@@ -51,5 +51,5 @@ def _kind_cost(work: LayerWork, device: DeviceSpec) -> KindCost:
             name: roofline_s(each.flops, each.bytes_accessed, device)
             for name, each in programs.items()
         },
-        temporary_bytes=max(each.temporary_bytes for each in programs.values()),
+        temporary_bytes={name: each.temporary_bytes for name, each in programs.items()},
     )

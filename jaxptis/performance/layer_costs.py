@@ -10,7 +10,7 @@ from jaxptis.performance.costs import Costs, LayerCost, TiedParams
 from passes import jaxprs
 from passes.differentiate import accumulator_dtype
 from passes.layer_programs import LayerKind, LayerPrograms
-from passes.split_backward import held_for_weights
+from passes.split_backward import held_for_kept_bytes, held_for_weights
 from passes.stages import Operand, Role, StageProgram
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -23,12 +23,12 @@ class KindCost:
 
     Attributes:
         seconds: by the name of the program; see `LayerKind.programs`.
-        temporary_bytes: the most that one of them needs beside its inputs and results.
+        temporary_bytes: what each needs beside its inputs and results, by its name.
         spread: the largest interquartile range over the median, if they were measured.
     """
 
     seconds: Mapping[str, float]
-    temporary_bytes: int
+    temporary_bytes: Mapping[str, int]
     spread: float = 0.0
 
 
@@ -113,6 +113,7 @@ def _layer_cost(
     layer: LayerPrograms, cost: KindCost, own: Collection[int], state_bytes: Mapping[int, int]
 ) -> LayerCost:
     seconds = {name: cost.seconds.get(name, 0.0) for name in ("F", "B", "I", "W", "again")}
+    temporary_bytes = {name: cost.temporary_bytes.get(name, 0) for name in ("F", "B", "I", "W")}
     return LayerCost(
         name=layer.name,
         forward_s=seconds["F"],
@@ -122,7 +123,10 @@ def _layer_cost(
         recompute_s=seconds["again"],
         **_activation_bytes(layer.kind),
         **_param_bytes(layer, own, state_bytes),
-        temporary_bytes=cost.temporary_bytes,
+        forward_temporary_bytes=temporary_bytes["F"],
+        backward_temporary_bytes=temporary_bytes["B"],
+        input_grad_temporary_bytes=temporary_bytes["I"],
+        weight_grad_temporary_bytes=temporary_bytes["W"],
         spread=cost.spread,
     )
 
@@ -144,7 +148,10 @@ def _activation_bytes(kind: LayerKind) -> dict[str, int]:
         if weight_grad is None
         else _read_bytes(weight_grad, lambda x: x in inputs or x.role in from_input_grad),
         "made_bytes": _made_bytes(kind),
-        "held_bytes": jaxprs.nbytes(v.aval for v in held_for_weights(kind.gradient.backward)),
+        "backward_held_bytes": jaxprs.nbytes(
+            v.aval for v in held_for_weights(kind.gradient.backward)
+        ),
+        "input_grad_held_bytes": held_for_kept_bytes(kind.split),
     }
 
 

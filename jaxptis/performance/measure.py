@@ -206,7 +206,7 @@ def _kind_cost(runs_s: Mapping["_Running", Sequence[float]], start_s: float) -> 
         spreads.append((third_s - first_s) / median_s)
     return KindCost(
         seconds=seconds,
-        temporary_bytes=max(program.temporary_bytes for program in runs_s),
+        temporary_bytes={program.name: program.temporary_bytes for program in runs_s},
         spread=max(spreads),
     )
 

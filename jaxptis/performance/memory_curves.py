@@ -8,7 +8,7 @@ stage without input gradient has a whole backward in W, and its I does nothing. 
 another device stays until its transfer is over, and is on the other device from the start of the
 transfer on: an input until its B or I is over, a gradient until the task that reads it is. The
 input of the first stage is the batch, and is not counted. While a task runs, it has its
-temporaries; where a stage recomputes all, what is saved otherwise is a temporary of the backward.
+temporaries.
 """
 
 from bisect import bisect_right
@@ -118,43 +118,36 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
         recompute = plan.stages[stage].recompute
         read, made = crossing[stage], crossing[stage + 1]
         saved = costs.saved_bytes(ranges[stage], recompute) if trains else 0
-        again = costs.saved_bytes(ranges[stage], "cheap") if recompute == "all" else 0
         kept = sum(layer.kept_bytes for layer in layers)
         made_by_i = sum(layer.made_bytes for layer in layers)
-        most = max(layer.temporary_bytes for layer in layers)
+        needs = {kind: costs.temporary_bytes(ranges[stage], kind, recompute) for kind in "FBIW"}
         stays = home[stage + 1 : stage + 2] == [home[stage]]
-        back = _Change(saved=-saved - read, transfers=read - made, temporaries=-most - again)
-        of_whole = again + _most_of_whole(layers)
-        whole = _Change(temporaries=of_whole), back._replace(temporaries=-of_whole)
+        back = _Change(saved=-saved - read, transfers=read - made)
+        whole = _Change(temporaries=needs["B"]), back._replace(temporaries=-needs["B"])
         split = {
             "I": (
-                _Change(kept=made_by_i, temporaries=most + again),
-                back._replace(kept=kept - made_by_i),
+                _Change(kept=made_by_i, temporaries=needs["I"]),
+                back._replace(kept=kept - made_by_i, temporaries=-needs["I"]),
             ),
-            "W": (_Change(temporaries=most), _Change(kept=-kept, temporaries=-most)),
+            "W": (
+                _Change(temporaries=needs["W"]),
+                _Change(kept=-kept, temporaries=-needs["W"]),
+            ),
         }
         return {
             "F": (
                 _Change(
                     saved=saved + made * stays,
                     transfers=made * (not stays),
-                    temporaries=most,
+                    temporaries=needs["F"],
                 ),
-                _Change(saved=0 if trains else -read, temporaries=-most),
+                _Change(saved=0 if trains else -read, temporaries=-needs["F"]),
             ),
             "B": whole,
             **(split if splits else {"I": (_Change(), _Change()), "W": whole}),
         }
 
     return [of_stage(stage) for stage in range(plan.num_stages)]
-
-
-def _most_of_whole(layers: Sequence[LayerCost]) -> int:
-    """Return the most temporaries of a whole backward, which starts at the last layer."""
-    held = accumulate((layer.held_bytes for layer in reversed(layers)), initial=0)
-    return max(
-        layer.temporary_bytes + each for layer, each in zip(reversed(layers), held, strict=False)
-    )
 
 
 def _lasting(plan: Plan, costs: Costs, trains: bool) -> list[dict[str, int]]:

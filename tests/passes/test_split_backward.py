@@ -9,10 +9,10 @@ import pytest
 from passes import jaxprs
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
-from passes.split_backward import split_backward
+from passes.split_backward import held_for_kept_bytes, split_backward
 from passes.stages import Role
 from tests.passes.on_host import assert_bitwise, layers_of, random_boundaries, run_gradient
-from tests.passes.small_models import MODELS, array, blocks, case, mlp
+from tests.passes.small_models import MODELS, array, blocks, case, mlp, norm
 from tests.passes.test_differentiate import HEAVY
 
 
@@ -136,3 +136,45 @@ def test_the_backward_of_a_checkpoint_is_split_too():
     # block is run again (the second's result is not needed).
     assert matmuls == [7 + 3, 7]
     assert counts(gradient.backward)["dot_general"] == sum(matmuls)
+
+
+ROWS, WIDTH, HIDDEN = 64, 8, 32
+
+
+def gated(num_blocks):
+    """Return the split backward of blocks that read their norm twice, as a stage of their own."""
+    one = {
+        "scale": array(WIDTH),
+        "up": array(WIDTH, HIDDEN),
+        "gate": array(WIDTH, HIDDEN, seed=1),
+        "down": array(HIDDEN, WIDTH),
+    }
+    params = {"in": array(WIDTH, WIDTH), "blocks": [one] * num_blocks, "head": array(WIDTH, 3)}
+
+    def loss(params, x):
+        x = x @ params["in"]
+        for p in params["blocks"]:
+            h = norm(x, p["scale"])
+            x = x + ((h @ p["up"]) * (h @ p["gate"])) @ p["down"]
+        return jnp.mean((x @ params["head"]) ** 2)
+
+    graph = layers_of(loss, params, array(ROWS, WIDTH))
+    gradients = differentiate(cut_stages(graph, [0, 1, 1 + num_blocks, len(graph.layers)]))
+    return split_backward(gradients[1].backward)
+
+
+def test_what_is_held_for_a_sum_that_is_kept():
+    """The gradient of the norm is the sum of two matmuls; I keeps it for the norm's scale."""
+    assert held_for_kept_bytes(gated(1)) == 4 * ROWS * WIDTH * (2 - 1)
+    assert held_for_kept_bytes(gated(3)) == 3 * held_for_kept_bytes(gated(1))
+
+
+def test_a_gradient_of_one_matmul_holds_nothing_more():
+    graph = layers_of(
+        lambda p, x: jnp.mean((x @ p["in"] + mlp(p, x @ p["in"])) ** 2),
+        {"in": array(8, 8), **blocks()["block0"]},
+        array(4, 8),
+    )
+    gradient = differentiate(cut_stages(graph, [0, 1, len(graph.layers)]))[1]
+    assert split_backward(gradient.backward).weight_grad is not None
+    assert held_for_kept_bytes(split_backward(gradient.backward)) == 0

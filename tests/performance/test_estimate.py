@@ -88,7 +88,7 @@ def test_bytes_by_hand(dtype, size):
     # Of these I makes the second; and the gradient of its input, whose place W still reads.
     assert (first.made_bytes, block.made_bytes) == (0, hidden + stream)
     # A whole backward holds the gradient that came, and that of what tanh returned.
-    assert (block.held_bytes, head.held_bytes) == (stream + hidden, 0)
+    assert (block.backward_held_bytes, head.backward_held_bytes) == (stream + hidden, 0)
     assert head.saved_bytes == out  # the error
     assert head.kept_bytes == stream + out
     params = {first: IN * WIDTH, block: 2 * WIDTH * HIDDEN, head: WIDTH * OUT}
@@ -99,10 +99,12 @@ def test_bytes_by_hand(dtype, size):
 
 
 def test_temporaries():
-    """The gradient of the hidden values is made and read in one program, whole."""
-    _, block, _, _ = estimate_of(graph_of(2)).layers
+    """A whole backward makes and reads the gradient of the hidden values; I keeps it for W."""
+    first, block, _, _ = estimate_of(graph_of(2)).layers
     hidden = 4 * ROWS * HIDDEN
-    assert hidden <= block.temporary_bytes <= 4 * hidden + 4 * 2 * WIDTH * HIDDEN
+    assert hidden <= block.backward_temporary_bytes <= 4 * hidden + 4 * 2 * WIDTH * HIDDEN
+    assert block.input_grad_temporary_bytes < hidden
+    assert first.input_grad_temporary_bytes == 0  # it has no such program
 
 
 def graph_and_params(name):
@@ -115,7 +117,7 @@ def graph_and_params(name):
 def bytes_of(graph, state_bytes):
     """Costs without seconds: nothing is compiled."""
     layers = layer_programs(graph)
-    nothing = {kind.index: KindCost(seconds={}, temporary_bytes=0) for kind in kinds_of(layers)}
+    nothing = {kind.index: KindCost(seconds={}, temporary_bytes={}) for kind in kinds_of(layers)}
     return Costs(layer_costs(layers, nothing, state_bytes), tied=tied_params(layers, state_bytes))
 
 

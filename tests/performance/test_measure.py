@@ -45,7 +45,7 @@ def test_all_but_the_seconds_are_those_of_an_estimate(quick):
     same = [each.name for each in fields(LayerCost) if each.name.endswith("_bytes")]
     for ours, theirs in zip(measured.layers, estimated.layers, strict=True):
         assert {n: getattr(ours, n) for n in same} == {n: getattr(theirs, n) for n in same}
-        assert ours.temporary_bytes > 0
+        assert ours.backward_temporary_bytes > 0
     assert measured.tied == estimated.tied
     assert (measured.source, measured.device) == ("measured", "cpu")
     assert measured.start_s > 0
