@@ -30,6 +30,11 @@ BYTES_PER_S = flags.DEFINE_float(
 OF_CLUSTER = (NUM_DEVICES, NUM_MICROBATCHES, MEMORY_LIMIT_GIB, LATENCY_S, BYTES_PER_S)
 
 
+@flags.validator("memory_limit_gib", "use finite GiB above 0")
+def _is_finite(limit: float | None) -> bool:
+    return limit is None or math.isfinite(limit)
+
+
 def chosen_cluster(device: DeviceSpec) -> Cluster:
     """Returns equal devices of a kind, with --memory_limit_gib if it is given."""
     if MEMORY_LIMIT_GIB.value is not None:

@@ -39,6 +39,7 @@ from rich.table import Table
 import jaxptis
 from experiments import distributed
 from experiments.random_plan import random_plan
+from experiments.refused import refused_plainly
 from experiments.sleeping import measure_asleep
 from experiments.wide_console import wide_console
 from jaxptis.cluster import Cluster
@@ -156,7 +157,8 @@ def main(argv: list[str]) -> None:
     """Measures, prints a table, and writes it to --json_output."""
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
-    devices = distributed.join(NUM_DEVICES.value)
+    with refused_plainly():
+        devices = distributed.join(NUM_DEVICES.value)
     if ASLEEP.value and jax.process_count() > 1:
         raise app.UsageError("--asleep is for one process, whose cores hold all devices")
     first = jax.process_index() == 0
@@ -192,10 +194,13 @@ def compare(name: str, model: Model, devices: Sequence[jax.Device]) -> Any:
         devices=devices,
         has_aux=True,
     )
-    costs, cluster = measure(make(costs="measured"), params, {"tokens": tokens})
+    with refused_plainly():
+        costs, cluster = measure(make(costs="measured"), params, {"tokens": tokens})
     for strategy in STRATEGIES.value:
         plan = strategy if strategy != RANDOM else draw(costs)
         pipelined = make(costs=costs, cluster=cluster, strategy=plan)
+        with refused_plainly():
+            pipelined.bind(None, params, {"tokens": tokens})  # plans it
         title = f"{name} {SIZE.value}, {strategy}"
         if ASLEEP.value:
             yield of_one_asleep(name, strategy, pipelined, params, {"tokens": tokens}, title)

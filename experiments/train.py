@@ -133,8 +133,8 @@ def main(argv: list[str]) -> None:
     """Trains, prints what came of it, and writes it to --json_output."""
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
-    devices = distributed.join(NUM_DEVICES.value)
     with refused_plainly():
+        devices = distributed.join(NUM_DEVICES.value)
         model, module, params = make_model()
         corpus = load_corpus(make_encode())
         check_vocabulary(corpus, module.config.vocab_size)
@@ -245,11 +245,12 @@ def train(
     held_out = spread_batches(corpus.evaluation, NUM_EVALUATION_BATCHES, **size)
     steps_between = max(1, NUM_STEPS.value // NUM_EVALUATIONS)
     losses, eval_losses, step_s = [], [], []
-    state = (
-        trainer.init(jax.random.key(SEED.value), held_out[0])
-        if params is None
-        else trainer.init_from(params, held_out[0])
-    )
+    with refused_plainly():
+        state = (
+            trainer.init(jax.random.key(SEED.value), held_out[0])
+            if params is None
+            else trainer.init_from(params, held_out[0])
+        )
     with Progress(console=console) as bar:
         task = bar.add_task("compiling", total=NUM_STEPS.value)
         for step in range(1, NUM_STEPS.value + 1):

@@ -120,9 +120,12 @@ def test_errors_are_counted_on_both_sides():
         ("--slower=2", "--slower is for --asleep"),
         ("--json_output=no/such/folder/x.json", "its folder does not exist"),
         ("--html_output=no/such/folder", "the folder does not exist"),
+        ("--strategies=no_such", "strategy 'no_such' is neither a schedule"),
+        ("--num_devices=40", "10 layers cannot fill 40 stages"),
     ],
 )
 def test_flags_that_are_wrong(flag, message):
     run = compare(flag)
     assert run.returncode == 1
     assert message in run.stderr
+    assert "Traceback" not in run.stderr
