@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from models.loss import cross_entropy
 from models.parts.dense import dense
+from models.parts.embed import Embed
 from models.parts.head import Head
 from models.parts.mla import Yarn, latent_attention
 from models.parts.mlp import gated_mlp
@@ -266,9 +267,7 @@ class DeepSeek(nn.Module):
                 "this config has no block that predicts the token after the next; call without "
                 "after_next, or set after_next in the config"
             )
-        embed = nn.Embed(
-            c.vocab_size, c.model_width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed"
-        )
+        embed = Embed(c, name="embed")
         x_BTD = embed(tokens_BT)
         block = nn.remat(Block) if c.remat else Block
         for i in range(c.num_blocks):

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from models.parts.attention import attend
 from models.parts.dense import dense
+from models.parts.embed import Embed
 from models.parts.mlp import gated_mlp
 from models.parts.norm import RMSNorm
 from models.parts.rope import rotate
@@ -323,9 +324,7 @@ class Gemma(nn.Module):
                 f"logits capped at {c.logit_soft_cap} are no product of hidden states and a "
                 "kernel; call without before_head, or set logit_soft_cap to None"
             )
-        embed = nn.Embed(
-            c.vocab_size, c.model_width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed"
-        )
+        embed = Embed(c, name="embed")
         # The factor is rounded to dtype, as it was in training: 55.5 for the square root of 3072.
         x_BTD = embed(tokens_BT) * jnp.asarray(c.model_width**0.5, c.dtype)
         block = nn.remat(Block) if c.remat else Block

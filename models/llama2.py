@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from models.parts.attention import attend
 from models.parts.dense import dense
+from models.parts.embed import Embed
 from models.parts.head import Head
 from models.parts.mlp import gated_mlp
 from models.parts.norm import RMSNorm
@@ -157,9 +158,7 @@ class Llama2(nn.Module):
         self, tokens_BT: jax.Array, *, before_head: bool = False
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         c = self.config
-        x_BTD = nn.Embed(
-            c.vocab_size, c.model_width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed"
-        )(tokens_BT)
+        x_BTD = Embed(c, name="embed")(tokens_BT)
         block = nn.remat(Block) if c.remat else Block
         for i in range(c.num_blocks):
             x_BTD = block(c, name=f"layers_{i}")(x_BTD)

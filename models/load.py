@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from models.hugging_face.config_file import check_types, read_config_file, read_json
+from models.hugging_face.config_file import check_numbers, read_config_file, read_json
 from models.hugging_face.safetensors import DTYPES, Tensor, find_tensors
 from models.hugging_face.stored import Stored
 from models.registry import MODELS, HuggingFace, Model
@@ -167,7 +167,7 @@ def read_model(file: pathlib.Path, **types: DTypeLike) -> tuple[Model, Any]:
         raise ValueError(f"{file} has model_type {kind}; known are {', '.join(sorted(known))}")
     try:
         config = known[kind].hugging_face.read_config(stored, **types)
-        check_types(config)
+        check_numbers(config)
         return known[kind], config
     except KeyError as error:
         raise ValueError(f"{file} has no {error}, which a {kind} needs") from None
@@ -190,7 +190,9 @@ def _find_all(folder: pathlib.Path) -> dict[str, Tensor]:
         return find_tensors(folder / WHOLE)
     if not (folder / INDEX).exists():
         raise ValueError(f"{folder} has neither {WHOLE} nor {INDEX}; write it as safetensors")
-    file_of = read_json(folder / INDEX).get("weight_map", {})
+    file_of = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(it, str) for it in file_of.values()):
+        raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files; copy it again")
     found: dict[str, Tensor] = {}
     for file in sorted(set(file_of.values())):
         tensors = find_tensors(folder / file)

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from models.parts.attention import attend
 from models.parts.dense import dense
+from models.parts.embed import Embed
 from models.parts.head import Head
 from models.parts.mamba import Mamba
 from models.parts.norm import RMSNorm
@@ -236,9 +237,7 @@ class NemotronH(nn.Module):
         self, tokens_BT: jax.Array, *, before_head: bool = False
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         c = self.config
-        x_BTD = nn.Embed(
-            c.vocab_size, c.model_width, dtype=c.dtype, param_dtype=c.param_dtype, name="embed"
-        )(tokens_BT)
+        x_BTD = Embed(c, name="embed")(tokens_BT)
         layer = nn.remat(Layer) if c.remat else Layer
         for i, letter in enumerate(c.pattern):
             x_BTD = layer(c, letter, name=f"layers_{i}")(x_BTD)

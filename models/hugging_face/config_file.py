@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+_MAY_BE_0 = ("num_blocks", "num_dense_blocks", "mscale")
 _NUMBER = re.compile(r"[-+]?\d*\.?\d+(e[-+]?\d+)?", re.IGNORECASE)
 
 
@@ -62,11 +63,11 @@ def _said(stored: Mapping[str, Any], file: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def check_types(config: Any) -> None:
-    """Check the numbers of a config that was read.
+def check_numbers(config: Any) -> None:
+    """Check the numbers of a config that was read, and of configs in it.
 
     Raises:
-      ValueError: one is not of the type of its field.
+      ValueError: one is not of the type of its field, or is not positive, as all but a few are.
     """
     types = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -74,5 +75,11 @@ def check_types(config: Any) -> None:
         wanted = set(typing.get_args(wanted) or [wanted])
         if int in wanted and float not in wanted and isinstance(value, float):
             raise ValueError(f"{field.name} is {value!r}; write a whole number")
-        if wanted & {int, float} and not isinstance(value, int | float | None):
+        if dataclasses.is_dataclass(value):
+            check_numbers(value)
+        if not wanted & {int, float} or value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{field.name} is {value!r}; write a number")
+        if value < 0 or (value == 0 and field.name not in _MAY_BE_0):
+            raise ValueError(f"{field.name} is {value}; write a positive number")

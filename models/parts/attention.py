@@ -30,7 +30,8 @@ def attend(
       soft_cap: bounds the scores x to soft_cap * tanh(x / soft_cap) (arXiv 2408.00118).
 
     Returns:
-      (B, T, N, H). On a GPU, in 16 bits and without a soft cap, by cuDNN's flash attention.
+      (B, T, N, H). On a GPU, in 16 bits and without a soft cap, by cuDNN's flash attention, if that
+      takes heads of this width: multiples of 8, up to 256 from Hopper on and up to 128 on Ampere.
     """
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     if soft_cap is not None:
@@ -48,8 +49,12 @@ def attend(
 
 
 def _implementation(q_BTNH: jax.Array) -> Literal["xla", "cudnn"]:
-    flash = jax.default_backend() == "gpu" and q_BTNH.dtype.itemsize == 2
-    return "cudnn" if flash else "xla"
+    if jax.default_backend() != "gpu" or q_BTNH.dtype.itemsize != 2:
+        return "xla"
+    major = int(jax.devices()[0].compute_capability.split(".")[0])  # 8 Ampere, 9 Hopper
+    widest, head_width = 256 if major >= 9 else 128, q_BTNH.shape[-1]
+    can_flash = major >= 8 and head_width % 8 == 0 and head_width <= widest
+    return "cudnn" if can_flash else "xla"
 
 
 def _attend_capped(

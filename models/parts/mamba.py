@@ -179,7 +179,10 @@ def _states_before(written_BZGRSH: jax.Array, decay_BZGR: jax.Array) -> jax.Arra
 
 
 class Convolution(nn.Module):
-    """Convolves each channel of (B, T, C) with its own K weights over the K last positions."""
+    """Convolves each channel of (B, T, C) with its own K weights over the K last positions.
+
+    It adds up in float32.
+    """
 
     config: MambaConfig
 
@@ -194,8 +197,9 @@ class Convolution(nn.Module):
         kernel_C1K = self.param("kernel", initial, (num_channels, 1, K), c.param_dtype)
         bias_C = self.param("bias", nn.initializers.zeros, (num_channels,), c.param_dtype)
         x_BTC = jnp.pad(x_BTC, [(0, 0), (K - 1, 0), (0, 0)])
-        taps = [x_BTC[:, k : k + T] * kernel_C1K[:, 0, k].astype(c.dtype) for k in range(K)]
-        return sum(taps, start=bias_C.astype(c.dtype))
+        kernel_CK, bias_C = (a.astype(jnp.float32) for a in (kernel_C1K[:, 0], bias_C))
+        taps = [x_BTC[:, k : k + T].astype(jnp.float32) * kernel_CK[:, k] for k in range(K)]
+        return sum(taps, start=bias_C).astype(c.dtype)
 
 
 class GatedNorm(nn.Module):
@@ -211,7 +215,7 @@ class GatedNorm(nn.Module):
         gated = gated_BTE.reshape(*x_BTE.shape[:2], c.num_mamba_groups, -1)
         mean_square = jnp.mean(gated**2, axis=-1, keepdims=True)
         normed_BTE = (gated * jax.lax.rsqrt(mean_square + c.norm_epsilon)).reshape(x_BTE.shape)
-        return normed_BTE.astype(c.dtype) * scale_E.astype(c.dtype)
+        return (normed_BTE * scale_E.astype(jnp.float32)).astype(c.dtype)
 
 
 def _initial_dt_bias(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:

@@ -17,9 +17,9 @@ class NormConfig(Types, Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Divides (..., D) by its root mean square, in float32 (arXiv 1910.07467, equation 4).
+    """Divides (..., D) by its root mean square, and scales, in float32 (arXiv 1910.07467, eq. 4).
 
-    With `around_one` the parameter is what the scale has over one, and is applied in float32.
+    With `around_one` the parameter is what the scale has over one.
     """
 
     config: NormConfig
@@ -33,6 +33,5 @@ class RMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(x32**2, axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + c.norm_epsilon)
-        if self.around_one:
-            return (normed * (1 + scale_D.astype(jnp.float32))).astype(c.dtype)
-        return normed.astype(c.dtype) * scale_D.astype(c.dtype)
+        scale_D = scale_D.astype(jnp.float32)
+        return (normed * (1 + scale_D if self.around_one else scale_D)).astype(c.dtype)

@@ -304,6 +304,9 @@ NAMES = [
         (change_config(rms_norm_eps=[1]), ["norm_epsilon is [1]; write a number"]),
         (change_config(hidden_size=32.0), ["model_width is 32.0; write a whole number"]),
         (change_config(num_attention_heads=0), ["config.json: integer modulo by zero"]),
+        (change_config(intermediate_size=0), ["mlp_width is 0; write a positive number"]),
+        (change_config(vocab_size=-1), ["vocab_size is -1; write a positive number"]),
+        (change_config(num_key_value_heads=True), ["num_kv_heads is True; write a number"]),
         (change_config(rope_scaling={"rope_type": "llama3"}), ["config.json: rope_scaling is {"]),
         (change_config(rope_parameters={"rope_theta": 5e5}), ["in their place write rope_theta"]),
         (change_config(head_dim=16), ["head_dim is 16 in the config.json; only 8 is supported"]),
@@ -366,6 +369,26 @@ def test_the_index_says_in_which_file_a_tensor_is(deep, tmp_path):
     save_file(tensors | {"model.scale": stray}, copy / last)  # which the index does not know
     with pytest.raises(ValueError, match=r"nothing reads model\.scale"):
         load(copy)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"norm.weight": 1}}])
+def test_an_index_of_no_files_is_refused(index, tmp_path):
+    folder, module = tmp_path / "saved", MODELS["llama2"].module(small.LLAMA2)
+    save(folder, module, random_params(module))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json has no weight_map from tensors to files"):
+        load(folder)
+
+
+@pytest.mark.parametrize("stretch", ["x", -64, 0])
+def test_numbers_of_yarn_are_checked(stretch, tmp_path):
+    config = dataclasses.replace(small.DEEPSEEK_V3, yarn=small.YARN)
+    written = MODELS["deepseek"].hugging_face.write_config(config)
+    written["rope_scaling"]["original_max_position_embeddings"] = stretch
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=f"original_positions is '?{stretch}'?; write a"):
+        load(tmp_path)
 
 
 def test_a_missing_shard_is_said(deep, tmp_path):
