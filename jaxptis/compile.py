@@ -19,6 +19,7 @@ from jaxptis.plan import Plan
 from passes import PROGRAM_PASSES, STAGE_PASSES
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
+from passes.hand_on import hand_on
 from passes.layers import LayerGraph, find_layers
 from passes.runner import Dump, run
 from passes.split_backward import split_backward
@@ -189,7 +190,7 @@ def build(analysis: Analysis, plan: Plan) -> Pipeline:
     dump.step("plan", plan.text())
     timeline = simulate(plan, analysis.costs, analysis.cluster, blocking=True)
     dump.step("timeline", timeline.text())
-    stages = cut_stages(analysis.graph, plan.boundaries)
+    stages = hand_on(cut_stages(analysis.graph, plan.boundaries))
     dump.step("stages", stages.text())
     stages = run(stages, STAGE_PASSES, dump)
     gradients = differentiate(stages, recompute=[stage.recompute for stage in plan.stages])

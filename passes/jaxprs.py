@@ -25,7 +25,9 @@ __all__ = [
     "Literal",
     "Scan",
     "Var",
+    "While",
     "applied",
+    "apply",
     "avals",
     "backward_slice",
     "check",
@@ -54,6 +56,7 @@ __all__ = [
     "sub_jaxprs",
     "trace",
     "variable_like",
+    "while_of",
     "with_own_outputs",
 ]
 
@@ -101,6 +104,13 @@ def rebuild(
 def evaluate(jaxpr: Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Run `jaxpr` on `args`, or trace it if they are tracers."""
     return jax.core.eval_jaxpr(jaxpr, (), *args)
+
+
+def apply(jaxpr: Jaxpr, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Run an equation of `jaxpr` on values; their shapes may be others than those of its inputs."""
+    inputs = [core.gensym()(v.aval) for v in eqn.invars]
+    alone = [eqn.replace(invars=[*inputs])]
+    return evaluate(rebuild(jaxpr, invars=inputs, outvars=eqn.outvars, eqns=alone), values)
 
 
 def check(jaxpr: Jaxpr) -> None:
@@ -367,6 +377,36 @@ def scan_of(eqn: JaxprEqn) -> Scan | None:
         length=params["length"],
         unroll=params["unroll"],
         reverse=params["reverse"],
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class While:
+    """The parts of a while loop.
+
+    Attributes:
+      cond: (its constants, carry) -> (whether to go on,).
+      body: (its constants, carry) -> carry.
+      num_cond_consts: inputs of the loop that the condition alone reads.
+      num_consts: inputs after those, that every iteration reads whole; the rest is carried.
+    """
+
+    cond: Jaxpr
+    body: Jaxpr
+    num_cond_consts: int
+    num_consts: int
+
+
+def while_of(eqn: JaxprEqn) -> While | None:
+    """Return the parts of `eqn` if it is a while loop, else None."""
+    if eqn.primitive.name != "while":
+        return None
+    cond, body = (eqn.params[name] for name in ("cond_jaxpr", "body_jaxpr"))
+    return While(
+        cond=getattr(cond, "jaxpr", cond),
+        body=getattr(body, "jaxpr", body),
+        num_cond_consts=eqn.params["cond_nconsts"],
+        num_consts=eqn.params["body_nconsts"],
     )
 
 

@@ -4,8 +4,9 @@ They are compiled as the executor compiles those of a stage: for least memory, a
 added to sums in the memory of these.
 
 XLA counts what is inside of a loop once, whatever the loop's length. So the body of a scan is also
-counted by itself, and added for each further iteration. A while loop, of which nobody knows the
-number of iterations, is counted as a single one.
+counted by itself, and added for each further iteration: on a window of each array that it goes
+through (see windows.py). A while loop, of which nobody knows the number of iterations, is counted
+as a single one.
 
 On a GPU XLA calls libraries for matmuls and attention, and counts nothing of them: they are counted
 in the jaxpr, and added.
@@ -22,6 +23,7 @@ from passes.jaxprs import Jaxpr, JaxprEqn, Scan
 from passes.layer_programs import LayerKind
 from passes.origins import called_body
 from passes.stages import Role, StageProgram
+from passes.windows import body_on_windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,10 +108,9 @@ def _further_iterations_of(eqn: JaxprEqn) -> Work:
 
 
 def _further_iterations_of_scan(scan: Scan) -> Work:
-    body = jaxprs.rebuild(scan.jaxpr, invars=[*scan.jaxpr.constvars, *scan.jaxpr.invars])
     further = max(scan.length // scan.unroll - 1, 0) * scan.unroll
-    inside = _further_iterations(body) * scan.length
-    return inside + _count_once(body) * further if further else inside
+    inside = _further_iterations(scan.jaxpr) * scan.length
+    return inside + _count_once(body_on_windows(scan)) * further if further else inside
 
 
 def _count_once(jaxpr: Jaxpr, donated: tuple[int, ...] = ()) -> Work:

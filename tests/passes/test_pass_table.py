@@ -15,6 +15,7 @@ ARROWS = {
     "trace",
     "find_layers",
     "cut_stages",
+    "hand_on",
     "differentiate",
     "split_backward",
     "split_values",

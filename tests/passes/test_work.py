@@ -81,6 +81,33 @@ def test_a_scan_in_a_scan():
     assert thrice.backward.flops >= 2.8 * once.backward.flops
 
 
+def row_by_row(length):
+    """Return the work of a layer that goes through `length` rows of 64, between two others."""
+    params = {"in": array(4, 64), "loop": array(64, 64), "out": array(64, 4)}
+
+    def loss(p, x):
+        x = x @ p["in"]
+
+        def step(done, row):
+            y = jax.lax.dynamic_slice_in_dim(jax.lax.stop_gradient(x), row, 1) @ p["loop"]
+            return jax.lax.dynamic_update_slice_in_dim(done, y, row, 0), None
+
+        done = jax.lax.scan(step, jnp.zeros_like(x), jnp.arange(length))[0]
+        return ((x + done) @ p["out"]).sum()
+
+    return count_layers(layers_of(loss, params, array(length, 4)))[1]
+
+
+def test_an_iteration_reads_and_writes_one_row():
+    """Of an array that it slices and one that it updates, however many rows these have."""
+    length, row, matrix = 4096, 4 * 64, 4 * 64 * 64
+    forward = row_by_row(length).forward
+    least = length * (matrix + 2 * row)  # the matrix, a row in, a row out
+    assert forward.flops >= 2 * length * 64 * 64
+    # A row is copied, put in its place, taken out again; whole arrays are read and written thrice.
+    assert least <= forward.bytes_accessed <= least + length * 8 * row + 6 * length * row
+
+
 @pytest.fixture
 def compilations(monkeypatch):
     """A list that grows by one entry a compilation."""
