@@ -18,7 +18,6 @@ from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.list_kernel import Rule, list_step_s
 from jaxptis.optimizer.problem import Problem
 
-
 _COLD = 0.05  # of the heat is left at the end
 _MOVE, _STEP = 4, 20  # tasks whose simulation takes as long as to make a move, or stages
 
@@ -85,7 +84,9 @@ def anneal(
         limit_s = now_s - temperature * best_s * np.log(1.0 - np.random.random())
         if least_s(problem, changed, ends_s) > limit_s:
             continue
-        if new_rule == rule and np.all(changed == now) or count_stages(changed) > limits.max_stages:
+        if new_rule == rule and np.all(changed == now):
+            continue
+        if count_stages(changed) > limits.max_stages:
             continue
         found_s, looked_at = step_s_of(problem, Candidate(changed, new_rule), limit_s, no_order)
         simulated += _STEP + looked_at

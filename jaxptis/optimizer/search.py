@@ -18,7 +18,7 @@ finds does not depend on the machine."""
 _DRAWN = 0.1  # of the search
 _ROUNDS = (16, 0.004), (5, 0.004), (2, 0.003), (2, 0.002)
 """Of equal length: how many candidates are changed, and how hot."""
-_STAGES_PER_DEVICE = 12
+STAGES_PER_DEVICE = 12
 
 
 class Found(NamedTuple):
@@ -28,15 +28,18 @@ class Found(NamedTuple):
     candidate: Candidate
 
 
-def search(problem: Problem, *, time_limit_s: float, seed: int) -> list[Found]:
+def search(
+    problem: Problem, *, time_limit_s: float, seed: int, stages_per_device: int = STAGES_PER_DEVICE
+) -> list[Found]:
     """Return the best candidates, the shortest first; none if nothing fits the memory.
 
     Args:
         problem: what to plan; as many layers as devices, or more.
         time_limit_s: on about two cores; see `TASKS_PER_S`.
         seed: the same seed finds the same.
+        stages_per_device: the most of a candidate, on average.
     """
-    most = min(problem.num_layers, _STAGES_PER_DEVICE * problem.num_devices)
+    most = min(problem.num_layers, stages_per_device * problem.num_devices)
     num_tasks = int(time_limit_s * TASKS_PER_S)
     found = _drawn(problem, int(_DRAWN * num_tasks), most, seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
