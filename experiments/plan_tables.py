@@ -42,7 +42,7 @@ JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the rows and th
 def main(argv: Sequence[str]) -> None:
     """Prints a row for each size, model and seed, and the means of each size."""
     del argv
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in SIZES.value:
         devices, microbatches = map(int, size.split("x"))
         for model in MODELS.value or sorted({each.model for each in published_plans("tuned")}):
@@ -50,12 +50,16 @@ def main(argv: Sequence[str]) -> None:
             for seed in map(int, SEEDS.value):
                 rows.append({"size": size, "model": model, "seed": seed, **plan_row(others, seed)})
                 print(*(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
-    means = [mean_row([row for row in rows if row["size"] == size]) for size in SIZES.value]
-    print(*means, sep="\n")
-    if JSON_OUTPUT.value:
-        settings = {flag.name: flag.value for flag in (SEEDS, TIME_LIMIT_S, STAGES, MEMORY_OF_1F1B)}
-        text = json.dumps({"settings": settings, "means": means, "rows": rows}, indent=1)
-        Path(JSON_OUTPUT.value).write_text(text + "\n")
+                if JSON_OUTPUT.value:
+                    write(rows)
+    print(*means(rows), sep="\n")
+
+
+def write(rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the rows so far to --json_output, so that what was found outlives an interruption."""
+    settings = {flag.name: flag.value for flag in (TIME_LIMIT_S, STAGES, MEMORY_OF_1F1B)}
+    text = json.dumps({"settings": settings, "means": means(rows), "rows": rows}, indent=1)
+    Path(JSON_OUTPUT.value).write_text(text + "\n")
 
 
 def peers(model: str, num_devices: int, num_microbatches: int) -> dict[str, PublishedPlan]:
@@ -109,14 +113,25 @@ def plan_row(others: Mapping[str, PublishedPlan], seed: int) -> dict[str, Any]:
     }
 
 
-def mean_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the geometric means of the ratios of rows of a size, and the least over tuned."""
-    means = {
-        f"mean_over_{name}": round(geometric_mean([row[f"over_{name}"] for row in rows]), 4)
-        for name in OTHERS
-    }
-    least = min(row["over_tuned"] for row in rows)
-    return {"size": rows[0]["size"], **means, "least_over_tuned": least}
+def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the geometric means of the ratios for each size, and the least over tuned."""
+    sizes: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        sizes.setdefault(row["size"], []).append(row)
+    return [
+        {
+            "size": size,
+            "num_rows": len(of_size),
+            **{
+                f"mean_over_{name}": round(
+                    geometric_mean(row[f"over_{name}"] for row in of_size), 4
+                )
+                for name in OTHERS
+            },
+            "least_over_tuned": min(row["over_tuned"] for row in of_size),
+        }
+        for size, of_size in sizes.items()
+    ]
 
 
 if __name__ == "__main__":
