@@ -7,7 +7,7 @@ Links are free, as theirs are. Ratios are another's step over ours: above 1, our
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean
@@ -51,15 +51,15 @@ def main(argv: Sequence[str]) -> None:
                 rows.append({"size": size, "model": model, "seed": seed, **plan_row(others, seed)})
                 print(*(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
                 if JSON_OUTPUT.value:
-                    write(rows)
+                    write(rows, JSON_OUTPUT.value)
     print(*means(rows), sep="\n")
 
 
-def write(rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the rows so far to --json_output, so that what was found outlives an interruption."""
+def write(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Writes the rows so far, so that they outlive an interruption."""
     settings = {flag.name: flag.value for flag in (TIME_LIMIT_S, STAGES, MEMORY_OF_1F1B)}
     text = json.dumps({"settings": settings, "means": means(rows), "rows": rows}, indent=1)
-    Path(JSON_OUTPUT.value).write_text(text + "\n")
+    Path(path).write_text(text + "\n")
 
 
 def peers(model: str, num_devices: int, num_microbatches: int) -> dict[str, PublishedPlan]:
@@ -119,19 +119,15 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         sizes.setdefault(row["size"], []).append(row)
     return [
-        {
-            "size": size,
-            "num_rows": len(of_size),
-            **{
-                f"mean_over_{name}": round(
-                    geometric_mean(row[f"over_{name}"] for row in of_size), 4
-                )
-                for name in OTHERS
-            },
-            "least_over_tuned": min(row["over_tuned"] for row in of_size),
-        }
+        {"size": size, "num_rows": len(of_size)}
+        | {f"mean_over_{name}": _mean(row[f"over_{name}"] for row in of_size) for name in OTHERS}
+        | {"least_over_tuned": min(row["over_tuned"] for row in of_size)}
         for size, of_size in sizes.items()
     ]
+
+
+def _mean(ratios: Iterable[float]) -> float:
+    return round(geometric_mean(ratios), 4)
 
 
 if __name__ == "__main__":
