@@ -11,11 +11,15 @@ from jaxptis.optimizer.candidate import (
     WINDOW,
     Candidate,
     count_stages,
+    least_s,
     make_stages,
 )
 from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.list_kernel import Rule, list_step_s
 from jaxptis.optimizer.problem import Problem
+
+_COLD = 0.05  # of the heat is left at the end
+_MOVE, _STEP = 4, 20  # tasks whose simulation takes as long as to make a move, or stages
 
 
 class Limits(NamedTuple):
@@ -46,7 +50,8 @@ def anneal(
     """Change a candidate again and again; return the best that was found, and its seconds.
 
     A change that makes the step longer by x of the best is kept with probability exp(-x / T),
-    where T falls from `heat` to a hundredth of it.
+    where T falls from `heat` to a twentieth of it. Most changes are given up before they are
+    simulated: a device would have too much to do.
 
     Args:
         problem: what to plan.
@@ -57,35 +62,39 @@ def anneal(
     """
     np.random.seed(seed)
     no_order = np.empty((0, 3), np.int64)
-    M = problem.num_microbatches
-    now = Candidate(start.layers.copy(), start.rule)
-    now_s, _ = step_s_of(problem, now, np.inf, no_order)
-    best, best_s = Candidate(now.layers.copy(), now.rule), now_s
+    P, M = len(problem.speed), problem.num_microbatches
+    crowded = problem.memory[0] < np.inf
+    ends_s = np.empty(P)
+    now, rule = start.layers.copy(), start.rule
+    now_s, _ = step_s_of(problem, start, np.inf, no_order)
+    best, best_rule, best_s = now.copy(), rule, now_s
+    changed = now.copy()
     simulated = 0
     while simulated < limits.num_tasks:
-        temperature = heat * 0.01 ** (simulated / limits.num_tasks)
-        changed = now.layers.copy()
-        rule = now.rule
-        draw = np.random.random()
-        if draw < 0.92:
-            crowded = problem.memory[0] < np.inf
-            _move(changed, len(problem.speed), M, crowded)
+        temperature = heat * _COLD ** (simulated / limits.num_tasks)
+        changed[:] = now
+        new_rule = rule
+        if np.random.random() < 0.97:
+            _move(changed, P, M, crowded)
             while np.random.random() < 0.6:  # what one moves away, another may bring back
-                _move(changed, len(problem.speed), M, crowded)
+                _move(changed, P, M, crowded)
         else:
-            rule = _other_rule(rule)
-        simulated += 10
-        num_stages = count_stages(changed)
-        if num_stages > limits.max_stages:
-            continue
+            new_rule = _other_rule(rule)
+        simulated += _MOVE
         limit_s = now_s - temperature * best_s * np.log(1.0 - np.random.random())
-        found_s, looked_at = step_s_of(problem, Candidate(changed, rule), limit_s, no_order)
-        simulated += looked_at
+        if least_s(problem, changed, ends_s) > limit_s:
+            continue
+        if new_rule == rule and np.all(changed == now):
+            continue
+        if count_stages(changed) > limits.max_stages:
+            continue
+        found_s, looked_at = step_s_of(problem, Candidate(changed, new_rule), limit_s, no_order)
+        simulated += _STEP + looked_at
         if found_s <= limit_s:
-            now, now_s = Candidate(changed, rule), found_s
+            now[:], rule, now_s = changed, new_rule, found_s
             if now_s < best_s * (1 - 1e-9):
-                best, best_s = Candidate(now.layers.copy(), now.rule), now_s
-    return best, best_s
+                best[:], best_rule, best_s = now, rule, now_s
+    return Candidate(best, best_rule), best_s
 
 
 @compiled

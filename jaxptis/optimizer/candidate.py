@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.list_kernel import Rule, Stages
-from jaxptis.optimizer.problem import AGAIN, KEPT, LASTING, SAVED, B, I, Problem, W
+from jaxptis.optimizer.problem import AGAIN, KEPT, LASTING, SAVED, B, F, I, Problem, W
 
 HOME, WINDOW, WHOLE, RECOMPUTE = range(4)
 """Columns of a candidate: the device of a layer; of a stage that begins with it, the most
@@ -36,6 +36,45 @@ def count_stages(layers: np.ndarray) -> int:
     for layer in range(1, len(layers)):
         num_stages += layers[layer, HOME] != layers[layer - 1, HOME]
     return num_stages
+
+
+@compiled
+def least_s(problem: Problem, layers: np.ndarray, end_s: np.ndarray) -> float:
+    """Return what no order of tasks is below: a device waits for its first stage, then works.
+
+    Args:
+        problem: what to plan.
+        layers: of a candidate.
+        end_s: [P] to work in.
+    """
+    num_layers, M = len(layers), problem.num_microbatches
+    end_s[:] = 0.0
+    before_s = 0.0
+    a = 0
+    for b in range(1, num_layers + 1):
+        d = layers[a, HOME]
+        if b < num_layers and layers[b, HOME] == d:
+            continue
+        forward_s = problem.start_s + problem.seconds[b, F] - problem.seconds[a, F]
+        if layers[a, WHOLE] == 1 or (a == 0 and not problem.trains_first):
+            backward_s = problem.start_s + problem.seconds[b, B] - problem.seconds[a, B]
+        else:
+            backward_s = 2 * problem.start_s + problem.seconds[b, I] - problem.seconds[a, I]
+            backward_s += problem.seconds[b, W] - problem.seconds[a, W]
+        if layers[a, RECOMPUTE] == 1:
+            backward_s += problem.seconds[b, AGAIN] - problem.seconds[a, AGAIN]
+        if end_s[d] == 0.0:
+            end_s[d] = before_s
+        end_s[d] += M * (forward_s + backward_s) / problem.speed[d]
+        before_s += forward_s / problem.speed[d]
+        if b < num_layers:
+            other = layers[b, HOME]
+            before_s += problem.latency_s[d, other]
+            before_s += problem.input_bytes[b] * problem.byte_s[d, other]
+        a = b
+    if np.min(end_s) == 0.0:
+        return np.inf
+    return np.max(end_s)
 
 
 @compiled

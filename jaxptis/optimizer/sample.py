@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxptis.optimizer.anneal import step_s_of
-from jaxptis.optimizer.candidate import HOME, WINDOW, Candidate
+from jaxptis.optimizer.candidate import HOME, WINDOW, Candidate, least_s
 from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.list_kernel import Rule
 from jaxptis.optimizer.problem import B, F, Problem
@@ -41,6 +41,7 @@ def sample(
     steps_s = np.full(num_kept, np.inf)
     layers = np.zeros((L, 4), np.int64)
     layers[:, WINDOW] = M
+    ends_s = np.empty(len(problem.speed))
     for _ in range(num):
         _draw(layers, work_s, problem.speed, max_stages)
         rule = Rule(
@@ -50,6 +51,8 @@ def sample(
             0.25 * np.random.randint(0, 4),
         )
         worst = np.argmax(steps_s)
+        if least_s(problem, layers, ends_s) > steps_s[worst]:
+            continue
         step_s, _ = step_s_of(problem, Candidate(layers, rule), steps_s[worst], no_order)
         if step_s < steps_s[worst] and np.min(np.abs(steps_s - step_s)) > 1e-9 * step_s:
             kept[worst] = layers
@@ -65,7 +68,7 @@ def sample(
 def _draw(layers: np.ndarray, work_s: np.ndarray, speed: np.ndarray, max_stages: int) -> None:
     """Give every layer a device."""
     L, P = len(layers), len(speed)
-    num_stages = np.random.randint(P, max_stages + 1)
+    num_stages = int(P * (max_stages / P) ** np.random.random())
     if np.random.random() < 0.7:  # whole legs
         num_stages -= num_stages % P
     placement = np.random.randint(0, NUM_PLACEMENTS)

@@ -15,9 +15,10 @@ TASKS_PER_S = 10_000_000
 """What a core simulates, roughly. A search simulates a number of tasks, not for a time: so what it
 finds does not depend on the machine."""
 
-_DRAWN, _KEPT = 0.2, 16  # the fraction of the search that draws, and how many are kept of it
-_HEATS = 0.02, 0.02, 0.015, 0.01  # of the rounds; each keeps a third of the candidates
-_STAGES_PER_DEVICE = 6
+_DRAWN = 0.1  # of the search
+_ROUNDS = (16, 0.004), (5, 0.004), (2, 0.003), (2, 0.002)
+"""Of equal length: how many candidates are changed, and how hot."""
+STAGES_PER_DEVICE = 12
 
 
 class Found(NamedTuple):
@@ -27,21 +28,24 @@ class Found(NamedTuple):
     candidate: Candidate
 
 
-def search(problem: Problem, *, time_limit_s: float, seed: int) -> list[Found]:
+def search(
+    problem: Problem, *, time_limit_s: float, seed: int, stages_per_device: int = STAGES_PER_DEVICE
+) -> list[Found]:
     """Return the best candidates, the shortest first; none if nothing fits the memory.
 
     Args:
         problem: what to plan; as many layers as devices, or more.
         time_limit_s: on about two cores; see `TASKS_PER_S`.
         seed: the same seed finds the same.
+        stages_per_device: the most of a candidate, on average.
     """
-    most = min(problem.num_layers, _STAGES_PER_DEVICE * problem.num_devices)
+    most = min(problem.num_layers, stages_per_device * problem.num_devices)
     num_tasks = int(time_limit_s * TASKS_PER_S)
     found = _drawn(problem, int(_DRAWN * num_tasks), most, seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, heat in enumerate(_HEATS):
-            best = found[: max(2, _KEPT // 3**number)]
-            share = int((1 - _DRAWN) * 2 * num_tasks / len(_HEATS) / max(1, len(best)))
+        for number, (num_kept, heat) in enumerate(_ROUNDS):
+            best = found[:num_kept]
+            share = int((1 - _DRAWN) * 2 * num_tasks / len(_ROUNDS) / max(1, len(best)))
 
             def change(each: Found, k: int, heat: float = heat, share: int = share) -> Found:
                 limits = Limits(most, share)
@@ -56,7 +60,7 @@ def search(problem: Problem, *, time_limit_s: float, seed: int) -> list[Found]:
 def _drawn(problem: Problem, num_tasks: int, max_stages: int, seed: int) -> list[Found]:
     # Most of those drawn are given up after a tenth of their tasks.
     num = max(1000, 10 * num_tasks // (3 * problem.num_microbatches * max_stages))
-    drawn = sample(problem, num, max_stages, _KEPT, seed)
+    drawn = sample(problem, num, max_stages, _ROUNDS[0][0], seed)
     return _distinct(
         [
             Found(float(step_s), Candidate(layers, _rule(*rule)))

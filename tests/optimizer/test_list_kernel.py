@@ -8,7 +8,7 @@ import pytest
 from jaxptis.cluster import Cluster
 from jaxptis.optimizer.anneal import step_s_of
 from jaxptis.optimizer.best import to_plan
-from jaxptis.optimizer.candidate import Candidate
+from jaxptis.optimizer.candidate import Candidate, least_s
 from jaxptis.optimizer.list_kernel import Rule
 from jaxptis.optimizer.problem import Problem
 from jaxptis.performance import Costs, LayerCost, simulate
@@ -61,6 +61,8 @@ def test_a_step_takes_what_the_simulator_says(seed: int) -> None:
     # A limit below it is found out, the step itself is none.
     assert step_s_of(problem, candidate, step_s * (1 - 1e-9), NO_ORDER)[0] == np.inf
     assert step_s_of(problem, candidate, step_s, NO_ORDER)[0] == step_s
+    # Nor is what no order is below.
+    assert least_s(problem, candidate.layers, np.empty(problem.num_devices)) <= step_s * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("seed", range(100))

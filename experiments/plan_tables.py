@@ -1,0 +1,134 @@
+"""Plans models whose layer times the authors of AdaPtis published, beside what their planner found.
+
+python -m experiments.plan_tables --json_output=experiments/results/plan_tables.json
+
+Links are free, as theirs are. Ratios are another's step over ours: above 1, ours is shorter.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from absl import app, flags
+
+from experiments.published import PublishedPlan, published_costs, published_plans
+from jaxptis.cluster import Cluster, DeviceSpec
+from jaxptis.optimizer.best import to_plan
+from jaxptis.optimizer.problem import Problem
+from jaxptis.optimizer.search import STAGES_PER_DEVICE, search
+from jaxptis.performance import simulate
+
+OTHERS = "tuned", "any_tuned", "1f1b"
+"""Their planner's plan with as many stages on each device, the shorter of that and of one with any
+number of stages, and 1F1B of a uniform partition."""
+
+SIZES = flags.DEFINE_list("sizes", ["4x8", "4x16", "8x16", "16x32"], "Devices x microbatches.")
+MODELS = flags.DEFINE_list("models", None, "By default all that were published.")
+SEEDS = flags.DEFINE_list("seeds", ["0"], "Of the search; each makes a row.")
+TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 10.0, "Of each search.", lower_bound=0.1)
+STAGES = flags.DEFINE_integer(
+    "stages_per_device", STAGES_PER_DEVICE, "The most of a plan, on average.", lower_bound=1
+)
+MEMORY_OF_1F1B = flags.DEFINE_bool(
+    "memory_of_1f1b", False, "Limit devices to what 1F1B needs on its fullest, as published."
+)
+JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the rows and their means.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints a row for each size, model and seed, and the means of each size."""
+    del argv
+    rows: list[dict[str, Any]] = []
+    for size in SIZES.value:
+        devices, microbatches = map(int, size.split("x"))
+        for model in MODELS.value or sorted({each.model for each in published_plans("tuned")}):
+            others = peers(model, devices, microbatches)
+            for seed in map(int, SEEDS.value):
+                rows.append({"size": size, "model": model, "seed": seed, **plan_row(others, seed)})
+                print(*(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+                if JSON_OUTPUT.value:
+                    write(rows, JSON_OUTPUT.value)
+    print(*means(rows), sep="\n")
+
+
+def write(rows: Sequence[dict[str, Any]], path: str) -> None:
+    """Writes the rows so far, so that they outlive an interruption."""
+    settings = {flag.name: flag.value for flag in (TIME_LIMIT_S, STAGES, MEMORY_OF_1F1B)}
+    text = json.dumps({"settings": settings, "means": means(rows), "rows": rows}, indent=1)
+    Path(path).write_text(text + "\n")
+
+
+def peers(model: str, num_devices: int, num_microbatches: int) -> dict[str, PublishedPlan]:
+    """Returns the published plans of OTHERS for a model and size."""
+
+    def of(*strategies: str) -> list[PublishedPlan]:
+        return [
+            each
+            for each in published_plans(*strategies)
+            if (each.model, each.num_devices, each.num_microbatches)
+            == (model, num_devices, num_microbatches)
+        ]
+
+    plans = (
+        of("tuned")[0],
+        min(of("tuned", "tuned_irregular"), key=lambda each: each.makespan_s),
+        next(each for each in of("1f1b") if each.in_flight),
+    )
+    return dict(zip(OTHERS, plans, strict=True))
+
+
+def plan_row(others: Mapping[str, PublishedPlan], seed: int) -> dict[str, Any]:
+    """Returns what the search finds for the model and size of published plans, beside them."""
+    first = others["tuned"]
+    num_devices, num_microbatches = first.num_devices, first.num_microbatches
+    costs, memory_bytes = published_costs(first.model), None
+    if MEMORY_OF_1F1B.value:  # it is released at W
+        costs = replace(
+            costs, layers=tuple(replace(x, kept_bytes=x.saved_bytes) for x in costs.layers)
+        )
+        memory_bytes = max(others["1f1b"].in_flight)
+    device = DeviceSpec(
+        kind="published", flops_per_s=1.0, bytes_per_s=1.0, memory_bytes=memory_bytes
+    )
+    problem = Problem.of(costs, Cluster((device,) * num_devices), num_microbatches)
+    began_s = time.perf_counter()
+    found = search(
+        problem,
+        time_limit_s=TIME_LIMIT_S.value,
+        seed=seed,
+        stages_per_device=STAGES.value,
+    )[0]
+    took_s = time.perf_counter() - began_s
+    plan = to_plan(problem, found.candidate, [layer.name for layer in costs.layers])
+    step_s = simulate(plan, costs).step_s
+    return {
+        "step_ms": round(step_s * 1e3, 2),
+        **{f"over_{name}": round(each.makespan_s / step_s, 4) for name, each in others.items()},
+        "num_stages": len(plan.stages),
+        "search_s": round(took_s, 1),
+    }
+
+
+def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the geometric means of the ratios for each size, and the least over tuned."""
+    sizes: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        sizes.setdefault(row["size"], []).append(row)
+    return [
+        {"size": size, "num_rows": len(of_size)}
+        | {f"mean_over_{name}": _mean(row[f"over_{name}"] for row in of_size) for name in OTHERS}
+        | {"least_over_tuned": min(row["over_tuned"] for row in of_size)}
+        for size, of_size in sizes.items()
+    ]
+
+
+def _mean(ratios: Iterable[float]) -> float:
+    return round(geometric_mean(ratios), 4)
+
+
+if __name__ == "__main__":
+    app.run(main)
