@@ -1,6 +1,8 @@
 """The search for a plan."""
 
-from jaxptis.optimizer.balance import balance
+from jaxptis.optimizer.adaptis import adaptis
+from jaxptis.optimizer.balance import balance, uniform
 from jaxptis.optimizer.best import best_plan
+from jaxptis.optimizer.mist import mist
 
-__all__ = ["balance", "best_plan"]
+__all__ = ["adaptis", "balance", "best_plan", "mist", "uniform"]
