@@ -57,8 +57,10 @@ def pipeline(
         `jax.distributed` each process must have some of them, and makes the same calls with equal
         arguments: whole batches, of which it puts what its own devices read.
       strategy: the name of a schedule, perhaps with options, such as "1f1b", "zb-v" or
-        "interleaved(v=3)", which balances the layers over its stages; "best", which searches for
-        the shortest predicted step that fits the memory of the devices, for five to ten seconds; a
+        "interleaved(v=3)", which balances the layers over its stages, or with the option
+        "partition=uniform" puts as many in each; "best", which searches for the shortest predicted
+        step that fits the memory of the devices, for five to ten seconds; "adaptis", which tunes
+        phase by phase, or "mist", which is "1f1b" with layers cut for it and for the memory; a
         `jaxptis.Plan`; or the path of a plan file, or of a schedule as a CSV file.
       batch_axes: the batch axis of each leaf of the batch: an int, None (such a leaf, say a
         dropout key, is given whole to every microbatch), or a tree prefix of these.

@@ -8,22 +8,24 @@ from os import PathLike
 from pathlib import Path
 
 from jaxptis.cluster import Cluster
-from jaxptis.optimizer import balance, best_plan
+from jaxptis.optimizer import adaptis, balance, best_plan, mist, uniform
 from jaxptis.options import Strategy
 from jaxptis.performance import Costs
 from jaxptis.plan import Plan, Schedule, StagePlan, schedule_from_csv
 from jaxptis.plan.csv import placement_of
 from jaxptis.schedules import (
     FAMILIES,
+    PARTITIONS,
     StageCosts,
     check_fills_stages,
     names_family,
+    partition,
     placement,
     schedule,
 )
 
-BEST = "best"
-"""The strategy that searches."""
+BEST, ADAPTIS, MIST = PLANNERS = "best", "adaptis", "mist"
+"""The strategies that choose more than an order: BEST searches, the others are published."""
 
 
 def make_plan(costs: Costs, strategy: Strategy, *, cluster: Cluster, num_microbatches: int) -> Plan:
@@ -35,8 +37,12 @@ def make_plan(costs: Costs, strategy: Strategy, *, cluster: Cluster, num_microba
     layers = tuple(cost.name for cost in costs.layers)
     num_devices = len(cluster.devices)
     if strategy == BEST:
-        others = _named_plans(layers, costs, num_devices, num_microbatches)
+        others = _other_plans(costs, cluster, num_microbatches)
         return best_plan(costs, cluster, num_microbatches, others=others)
+    if strategy == ADAPTIS:
+        return adaptis(costs, cluster, num_microbatches, blocking=True).plan
+    if strategy == MIST:
+        return mist(costs, cluster, num_microbatches)
     if isinstance(strategy, str) and names_family(strategy):
         return _named_plan(strategy, layers, costs, num_devices, num_microbatches)
     if not isinstance(strategy, Plan) and str(strategy).endswith(".csv"):
@@ -47,13 +53,12 @@ def make_plan(costs: Costs, strategy: Strategy, *, cluster: Cluster, num_microba
     return plan
 
 
-def _named_plans(
-    layers: Sequence[str], costs: Costs, num_devices: int, num_microbatches: int
-) -> Iterator[Plan]:
-    """Yield the plans of all families that allow these numbers."""
-    for name in FAMILIES:
+def _other_plans(costs: Costs, cluster: Cluster, num_microbatches: int) -> Iterator[Plan]:
+    """Yield the plans of all other strategies that allow these numbers and fit the memory."""
+    families = (f"{name}(partition={how})" for name in FAMILIES for how in PARTITIONS)
+    for strategy in (*families, ADAPTIS, MIST):
         with contextlib.suppress(ValueError):
-            yield _named_plan(name, layers, costs, num_devices, num_microbatches)
+            yield make_plan(costs, strategy, cluster=cluster, num_microbatches=num_microbatches)
 
 
 def _named_plan(
@@ -61,7 +66,8 @@ def _named_plan(
 ) -> Plan:
     check_fills_stages(strategy, num_devices=num_devices, num_layers=len(layers))
     devices = placement(strategy, num_devices=num_devices)
-    edges = _balance(costs, len(devices))
+    is_uniform = partition(strategy) == "uniform"
+    edges = uniform(len(layers), len(devices)) if is_uniform else _balance(costs, len(devices))
     ranges = [range(start, end) for start, end in pairwise(edges)]
     rows = schedule(
         strategy,
@@ -116,7 +122,7 @@ def _load_plan(strategy: str | PathLike[str]) -> Plan:
     try:
         return Plan.load(strategy)
     except (OSError, TypeError, UnicodeDecodeError) as error:
-        known = *FAMILIES, BEST
+        known = *FAMILIES, *PLANNERS
         close = get_close_matches(str(strategy).partition("(")[0], known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(

@@ -25,6 +25,12 @@ def _make(strategy, num_layers=12, num_devices=2, num_microbatches=4):
     return make_plan(costs, strategy, cluster=cluster, num_microbatches=num_microbatches)
 
 
+@pytest.mark.parametrize("strategy", ["adapits", "adaptis(v=2)", "mits"])
+def test_a_slip_in_the_name_of_a_planner(strategy):
+    with pytest.raises(ValueError, match=r"did you mean '(adaptis|mist)'"):
+        _make(strategy)
+
+
 @pytest.mark.parametrize("strategy", [*FAMILIES, "interleaved(v=3)", "list(stages_per_device=2)"])
 def test_every_strategy_makes_a_plan(strategy):
     plan = _make(strategy)
@@ -34,6 +40,19 @@ def test_every_strategy_makes_a_plan(strategy):
     assert {len(stage.layers) for stage in plan.stages} == {per_stage}
     assert (plan.num_devices, plan.num_microbatches) == (2, 4)
     assert simulate(plan, COSTS).step_s >= 12 / 2 * 3 * 4  # the work of a device
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_uniform_partition_reads_no_costs(name):
+    costs = [LayerCost(**vars(COSTS.layers[0]) | {"name": n}) for n in LAYERS]
+    costs[3] = LayerCost(**vars(costs[3]) | {"forward_s": 50.0})
+    given = {"cluster": equal_devices(2), "num_microbatches": 4}
+    uniform, balanced = (
+        make_plan(Costs(tuple(costs)), f"{name}{option}", **given)
+        for option in ("(partition=uniform)", "")
+    )
+    assert {len(stage.layers) for stage in uniform.stages} == {12 // uniform.num_stages}
+    assert {len(stage.layers) for stage in balanced.stages} != {12 // uniform.num_stages}
 
 
 def test_a_list_schedule_reads_the_costs():

@@ -334,7 +334,8 @@ def test_malformed_plan_file(tmp_path, old, new, place, wrong):
 
 def test_strategy_that_is_not_known():
     refuse(
-        f"strategy '1f1p' is neither a schedule \\({', '.join(FAMILIES)}, best\\) nor the path of "
+        f"strategy '1f1p' is neither a schedule \\({', '.join(FAMILIES)}, best, "
+        "adaptis, mist\\) nor the path of "
         r"a plan file that can be read \(.*No such file.*\); did you mean '1f1b'\? "
         r"change it, or write the file with plan.save\(path\)",
         make_pipelined(strategy="1f1p"),

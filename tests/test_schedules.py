@@ -15,7 +15,7 @@ from jaxptis.call import Call, Compiled
 from jaxptis.cluster import Cluster
 from jaxptis.compile import Analysis, analyse, build
 from jaxptis.executor.compiled import Compiler
-from jaxptis.make_plan import BEST, make_plan
+from jaxptis.make_plan import PLANNERS, make_plan
 from jaxptis.options import Options
 from jaxptis.placement import aval_of
 from jaxptis.schedules import FAMILIES
@@ -193,8 +193,9 @@ def test_gradients_are_those_of_the_plain_step(name, num_devices, strategy):
     model(name).check(plan)
 
 
-def test_gradients_of_the_best_plan():
-    model("llama2").check(model("llama2").plan(BEST, DEVICES))
+@pytest.mark.parametrize("strategy", PLANNERS)
+def test_gradients_of_plans_that_are_searched(strategy):
+    model("llama2").check(model("llama2").plan(strategy, DEVICES))
 
 
 @pytest.mark.parametrize("strategy", FAMILIES)

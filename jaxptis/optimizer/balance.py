@@ -41,6 +41,28 @@ def balance(weights: Sequence[float], num_stages: int) -> tuple[int, ...]:
     return _most_even(prefix, num_stages, limit)
 
 
+def uniform(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Cut layers into stages of as many each, or of one more in the first ones.
+
+    >>> uniform(7, num_stages=3)
+    (0, 3, 5, 7)
+    """
+    few, more = divmod(num_layers, num_stages)
+    return tuple(stage * few + min(stage, more) for stage in range(num_stages + 1))
+
+
+def check_fills_devices(num_layers: int, num_devices: int) -> None:
+    """Check that there is a layer for every device.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if num_layers < num_devices:
+        raise ValueError(
+            f"{num_layers} layers cannot fill {num_devices} devices; pass {num_layers} or fewer"
+        )
+
+
 def _prefix_sums(weights: Sequence[float]) -> list[int]:
     """Return the exact weight of the first 0, 1, ... layers, in a unit that makes them integers."""
     exact = [Fraction(weight) for weight in weights]

@@ -9,11 +9,15 @@ from jaxptis.plan import Schedule
 from jaxptis.schedules.families import FAMILIES, Family
 from jaxptis.schedules.stage_costs import StageCosts
 
+PARTITIONS = "balanced", "uniform"
+"""How layers are cut into stages: by their costs, which is the default, or by their number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Chosen:
     family: Family
     options: dict[str, int | None]
+    partition: str
 
     def stages_per_device(self) -> int:
         return self.family.stages_per_device * (self.options.get(self.family.stages_option) or 1)
@@ -26,6 +30,18 @@ def names_family(strategy: str) -> bool:
     (True, False)
     """
     return strategy.partition("(")[0].strip() in FAMILIES
+
+
+def partition(strategy: str) -> str:
+    """Return how its layers are cut into stages, one of `PARTITIONS`.
+
+    >>> partition("1f1b"), partition("interleaved(v=3, partition=uniform)")
+    ('balanced', 'uniform')
+
+    Raises:
+        ValueError: the strategy is not known or badly written.
+    """
+    return _parse(strategy).partition
 
 
 def check_fills_stages(strategy: str, *, num_devices: int, num_layers: int) -> None:
@@ -108,16 +124,26 @@ def _parse(strategy: str) -> _Chosen:
         raise ValueError(f"schedule {name!r} is not known; {_instead(name, FAMILIES)}")
     family = FAMILIES[name]
     options = dict(family.options)
+    partition = PARTITIONS[0]
     given: set[str] = set()
     for part in (text or "").split(","):
         if not part.strip():
             continue
         option, _, value = (word.strip() for word in part.partition("="))
-        if option not in family.options:
-            known = _instead(option, family.options) if family.options else "it takes none"
+        if option not in (*family.options, "partition"):
+            known = _instead(option, (*family.options, "partition"))
             raise ValueError(f"option {option!r} of schedule {name!r} is not known; {known}")
         if option in given:
             raise ValueError(f"option {option!r} of schedule {name!r} stands twice; remove one")
+        given.add(option)
+        if option == "partition":
+            partition = value
+            if partition not in PARTITIONS:
+                raise ValueError(
+                    f"option 'partition' of schedule {name!r} is {value!r}; "
+                    f"{_instead(value, PARTITIONS)}"
+                )
+            continue
         if re.fullmatch(r"-?[0-9]{1,9}", value) is None:
             raise ValueError(
                 f"option {option!r} of schedule {name!r} is {value!r}; write a whole number of at "
@@ -125,8 +151,7 @@ def _parse(strategy: str) -> _Chosen:
             )
         _check_positive(f"option {option!r} of schedule {name!r}", int(value))
         options[option] = int(value)
-        given.add(option)
-    return _Chosen(family=family, options=options)
+    return _Chosen(family=family, options=options, partition=partition)
 
 
 def _instead(name: str, known: Iterable[str]) -> str:

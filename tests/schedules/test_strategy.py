@@ -2,7 +2,14 @@ import re
 
 import pytest
 
-from jaxptis.schedules import FAMILIES, StageCosts, check_fills_stages, placement, schedule
+from jaxptis.schedules import (
+    FAMILIES,
+    StageCosts,
+    check_fills_stages,
+    partition,
+    placement,
+    schedule,
+)
 
 
 def _refuse(strategy: str, message: str, P: int = 2, M: int = 4) -> None:
@@ -22,6 +29,14 @@ def test_options_are_read() -> None:
     assert made[0] == made[1] != made[2]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_takes_a_partition(name: str) -> None:
+    assert partition(name) == partition(f"{name}(partition=balanced)") == "balanced"
+    assert partition(f"{name}( partition = uniform )") == "uniform"
+    assert partition("interleaved(partition=uniform, v=3)") == "uniform"
+    assert placement("interleaved(partition=uniform, v=3)", num_devices=2) == (0, 1, 0, 1, 0, 1)
+
+
 def test_unknown_names() -> None:
     known = ", ".join(map(repr, FAMILIES))
     _refuse("zigzag", f"schedule 'zigzag' is not known; use one of {known}")
@@ -35,7 +50,12 @@ def test_bad_options() -> None:
         "interleaved(groups=2)",
         f"option 'groups' {where} is not known; did you mean 'group_size'? use one of 'v', 'gr",
     )
-    _refuse("gpipe(v=2)", "option 'v' of schedule 'gpipe' is not known; it takes none")
+    _refuse("gpipe(v=2)", "option 'v' of schedule 'gpipe' is not known; use one of 'partition'")
+    _refuse(
+        "gpipe(partition=even)",
+        "option 'partition' of schedule 'gpipe' is 'even'; use one of 'balanced', 'uniform'",
+    )
+    _refuse("1f1b(partition=uniform, partition=uniform)", "option 'partition' of schedule '1f1b' s")
     _refuse("interleaved(v=two)", f"option 'v' {where} is 'two'; write a whole number")
     _refuse("interleaved(v=1.5)", f"option 'v' {where} is '1.5'; write a whole number")
     _refuse("interleaved(v)", f"option 'v' {where} is ''; write a whole number")
