@@ -10,6 +10,10 @@ from jaxptis.plan import Plan, StagePlan
 from jaxptis.schedules import schedule
 from tests.clusters import device
 
+TEMPORARIES = tuple(
+    f"{kind}_temporary_bytes" for kind in ("forward", "backward", "input_grad", "weight_grad")
+)
+
 
 def random_case(seed: int, memory_bytes: tuple[int | None, ...]) -> tuple[Costs, Cluster, int]:
     """Draw layers, devices with one of these memories, and a number of microbatches."""
@@ -26,7 +30,7 @@ def random_case(seed: int, memory_bytes: tuple[int | None, ...]) -> tuple[Costs,
                 input_bytes=random.randint(0, 3) * (index > 0),
                 saved_bytes=random.randint(0, 9),
                 param_bytes=random.randint(0, 20),
-                temporary_bytes=random.randint(0, 9),
+                **dict.fromkeys(TEMPORARIES, random.randint(0, 9)),
             )
             for index in range(num_layers)
         )

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from jaxptis.make_plan import make_plan
 from jaxptis.optimizer import mist
 from jaxptis.performance import simulate
 from tests.clusters import equal_devices
-from tests.optimizer.small_cases import fits, plans_of_1f1b, random_case
+from tests.optimizer.small_cases import TEMPORARIES, fits, plans_of_1f1b, random_case
 from tests.published import PublishedPlan, published_costs, published_plans
 
 MEMORIES = 60, 80, 100, 130
@@ -64,10 +65,8 @@ def test_what_is_lacking_is_said() -> None:
     """No partition lacks less on the device that lacks most."""
     costs, cluster, num_microbatches = random_case(0, (40,))
     # Without transfers and temporaries there is nothing that is found out only by simulation.
-    costs = replace(
-        costs,
-        layers=tuple(replace(x, input_bytes=0, temporary_bytes=0) for x in costs.layers),
-    )
+    nothing: dict[str, Any] = dict.fromkeys(("input_bytes", *TEMPORARIES), 0)
+    costs = replace(costs, layers=tuple(replace(layer, **nothing) for layer in costs.layers))
     lacks = [
         max(curve.peak_bytes - 40 for curve in simulate(plan, costs, cluster).memory)
         for plan in plans_of_1f1b(costs, len(cluster.devices), num_microbatches)
