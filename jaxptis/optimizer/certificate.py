@@ -46,7 +46,7 @@ class Certificate:
         return self.bounds[0].seconds
 
     def gap(self, step_s: float) -> float:
-        """Return by what fraction of the bound a step is longer; no plan can save more than that."""
+        """Return by what fraction of the bound a step is longer than the bound."""
         return max(0.0, step_s / self.bound_s - 1) if self.bound_s else 0.0
 
     def text(self, step_s: float) -> str:

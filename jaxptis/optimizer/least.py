@@ -72,7 +72,9 @@ class Least:
                     made_bytes=after[index],
                     state_bytes=layer.state_bytes + state.get(layer.name, 0),
                     tied=frozenset(
-                        number for number, tied in enumerate(costs.tied) if layer.name in tied.layers
+                        number
+                        for number, tied in enumerate(costs.tied)
+                        if layer.name in tied.layers
                     ),
                 )
                 for index, layer in enumerate(layers)

@@ -5,6 +5,7 @@ the device's other layers, and, while its backward runs, what it reads, saved an
 is enough is a plan: about even stages, one a device, and one microbatch at a time.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -111,7 +112,7 @@ def _may_fit(least: Least, devices: Sequence[DeviceSpec]) -> bool:
     if max(_bytes_of_largest(least)) > max(memory) or total > sum(memory):
         return False
     packing = Packing.of(least, devices, num_microbatches=1)
-    return packing is None or packing.fits(np.inf)
+    return packing is None or packing.fits(sys.float_info.max)
 
 
 def _least_bytes(least: Least, devices: Sequence[DeviceSpec]) -> int:

@@ -29,7 +29,7 @@ from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.least import Least, LeastLayer
 
 _PRECISE = 1e-5  # of a step, as a fraction
-_MOST_STEPS = 3e8  # of one try of the dynamic program, about 0.3 s
+_MOST_STEPS = 2e8  # of one try of the dynamic program, about 0.1 s
 _MOST_SETS = 1e5
 _NEVER = -1  # how many layers fit where the others already do not
 
@@ -38,7 +38,7 @@ class _Kinds(NamedTuple):
     """K kinds of layers: for each layer of a kind, for all microbatches, at speed 1.
 
     Attributes:
-        count: [K] of layers.
+        num: [K] of layers.
         seconds: [K, 3] of forward, path and backward.
         before_s: [K] until the forward of the first of them can begin.
         after_s: [K] after the last input gradient of the first of them.
@@ -47,7 +47,7 @@ class _Kinds(NamedTuple):
         tied: [K, N] whether they read each set of tied parameters.
     """
 
-    count: np.ndarray
+    num: np.ndarray
     seconds: np.ndarray
     before_s: np.ndarray
     after_s: np.ndarray
@@ -108,12 +108,12 @@ class Packing:
         """Return the dynamic program, or None if there are too many kinds of layers or devices."""
         kinds = _kinds(least, num_microbatches, max(device.speed for device in devices))
         classes = Counter((x.speed, float(x.memory_bytes or np.inf)) for x in devices)
-        if np.prod(kinds.count[1:] + 1.0) > _MOST_SETS:
+        if np.prod(kinds.num[1:] + 1.0) > _MOST_SETS:
             return None
-        sets = np.array([*product([0], *(range(number + 1) for number in kinds.count[1:]))])
+        sets = np.array([*product([0], *(range(number + 1) for number in kinds.num[1:]))])
         line = _line(least, classes, num_microbatches)
         # Of these sets, those that are about a device's share of the work; small ones, in the main.
-        share_s = 1.1 * kinds.count @ kinds.work_s * max(line.speed) / (line.num @ line.speed)
+        share_s = 1.1 * kinds.num @ kinds.work_s * max(line.speed) / (line.num @ line.speed)
         num_shares = np.sum(sets @ kinds.work_s <= max(share_s, max(kinds.work_s)))
         num_states = np.prod(line.num + 1.0)
         if num_states * len(classes) * len(sets) * num_shares > _MOST_STEPS:
@@ -122,7 +122,7 @@ class Packing:
 
     def fits(self, step_s: float) -> bool:
         """Whether all layers fit on devices whose sets take at most so long."""
-        return bool(_most_packed(self.kinds, self.line, self.sets, step_s) >= self.kinds.count[0])
+        return bool(_most_packed(self.kinds, self.line, self.sets, step_s) >= self.kinds.num[0])
 
     def least_step_s(self, at_least_s: float) -> float:
         """Return seconds of which it is proven that no step is shorter; there must be a step.
@@ -151,8 +151,9 @@ def _kinds(least: Least, num_microbatches: int, fastest: float) -> _Kinds:
     firsts = [members[0] for _, members in every]
     layers = [layer for (layer, _), _ in every]
     return _Kinds(
-        count=np.array([len(members) for _, members in every]),
-        seconds=num_microbatches * np.array([[x.forward_s, x.path_s, x.backward_s] for x in layers]),
+        num=np.array([len(members) for _, members in every]),
+        seconds=num_microbatches
+        * np.array([[x.forward_s, x.path_s, x.backward_s] for x in layers]),
         before_s=least.before_s[firsts] / fastest,
         after_s=least.after_s[firsts] / fastest,
         is_last=np.array([is_last for (_, is_last), _ in every]),
@@ -163,9 +164,7 @@ def _kinds(least: Least, num_microbatches: int, fastest: float) -> _Kinds:
     )
 
 
-def _line(
-    least: Least, classes: Counter[tuple[float, float]], num_microbatches: int
-) -> _Line:
+def _line(least: Least, classes: Counter[tuple[float, float]], num_microbatches: int) -> _Line:
     num_devices, num_layers = classes.total(), len(least.layers)
     fastest = max(speed for speed, _ in classes)
     begins = np.minimum(np.arange(num_devices), num_layers)
@@ -231,7 +230,7 @@ def _most_packed(kinds: _Kinds, line: _Line, sets: np.ndarray, step_s: float) ->
     # A set's place in the list: what a set holds more than another is at the difference of places.
     strides = np.ones(num_kinds, np.int64)
     for t in range(num_kinds - 2, 0, -1):
-        strides[t] = strides[t + 1] * (kinds.count[t + 1] + 1)
+        strides[t] = strides[t + 1] * (kinds.num[t + 1] + 1)
     num_classes = len(line.num)
     num_devices = np.sum(line.num)
     fits = np.full((num_devices, num_classes, num_sets), _NEVER)
@@ -239,7 +238,7 @@ def _most_packed(kinds: _Kinds, line: _Line, sets: np.ndarray, step_s: float) ->
         for k in range(num_classes):
             for y in range(num_sets):
                 numbers = sets[y].copy()
-                while numbers[0] <= kinds.count[0]:
+                while numbers[0] <= kinds.num[0]:
                     if _set_s(kinds, line, numbers, j, k) > step_s:
                         break
                     fits[j, k, y] = numbers[0]
@@ -258,7 +257,7 @@ def _most_packed(kinds: _Kinds, line: _Line, sets: np.ndarray, step_s: float) ->
         for k in range(num_classes):
             if rest % (line.num[k] + 1):
                 before, now = packed[state - step], packed[state]
-                _add_device(before, now, fits[used - 1, k], sets, kinds.count, strides)
+                _add_device(before, now, fits[used - 1, k], sets, kinds.num, strides)
             rest //= line.num[k] + 1
             step *= line.num[k] + 1
     return int(packed[num_states - 1, num_sets - 1])

@@ -8,7 +8,7 @@ begin before it ends. Some active schedule is as short as any, delays included. 
 seen with all the same times is not looked at again.
 """
 
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numba
@@ -37,12 +37,13 @@ def shortest_s(
     splits_first = costs.layers[0].input_grad_s > 0
     speeds = np.array([device.speed for device in cluster.devices])
     placements = []
-    for homes in product(range(len(speeds)), repeat=len(seconds)):
-        alike = [homes.index(d) if d in homes else len(homes) for d in range(len(speeds))]
-        pairs = zip(zip(speeds, alike, strict=True), zip(speeds[1:], alike[1:], strict=True))
-        if all(a[0] != b[0] or a[1] <= b[1] for a, b in pairs):
-            placements.append(np.array(homes))
-    whole_s = [_whole_s(row, splits=splits_first or l > 0) for l, row in enumerate(seconds)]
+    for each in product(range(len(speeds)), repeat=len(seconds)):
+        alike = [each.index(d) if d in each else len(each) for d in range(len(speeds))]
+        if all(
+            speeds[a] != speeds[b] or alike[a] <= alike[b] for a, b in pairwise(range(len(speeds)))
+        ):
+            placements.append(np.array(each))
+    whole_s = [_whole_s(row, splits=splits_first or s > 0) for s, row in enumerate(seconds)]
 
     def busiest_s(homes: np.ndarray) -> float:
         work_s = num_microbatches * (seconds[:, F] + whole_s) / speeds[homes]
@@ -54,7 +55,9 @@ def shortest_s(
         if busiest_s(homes) >= below_s:
             break
         own_s = seconds / speeds[homes][:, None]
-        below_s = _shortest(own_s, homes, len(speeds), num_microbatches, splits_first, below_s, nodes)
+        below_s = _shortest(
+            own_s, homes, len(speeds), num_microbatches, splits_first, below_s, nodes
+        )
     return below_s, bool(nodes[0] > 0)
 
 
@@ -76,23 +79,23 @@ def _shortest(seconds, homes, num_devices, M, splits_first, below_s, nodes):
 
 
 @numba.njit
-def _start_s(state, homes, M, l, kind):
+def _start_s(state, homes, M, s, kind):
     """When the next task of a layer and kind could start; infinite if it cannot be next."""
     L = len(homes)
     done, end_s, free_s, _ = state
     if kind == W:
-        return free_s[homes[l]] if done[l, W] < done[l, I] else np.inf
-    m = done[l, F] if kind == F else done[l, B]
+        return free_s[homes[s]] if done[s, W] < done[s, I] else np.inf
+    m = done[s, F] if kind == F else done[s, B]
     if m == M:
         return np.inf
     if kind == F:
-        if l == 0:
-            return free_s[homes[l]]
-        return max(free_s[homes[l]], end_s[l - 1, 0, m]) if done[l - 1, F] > m else np.inf
-    if done[l, F] <= m or (l + 1 < L and done[l + 1, B] <= m):
+        if s == 0:
+            return free_s[homes[s]]
+        return max(free_s[homes[s]], end_s[s - 1, 0, m]) if done[s - 1, F] > m else np.inf
+    if done[s, F] <= m or (s + 1 < L and done[s + 1, B] <= m):
         return np.inf
-    start_s = max(free_s[homes[l]], end_s[l, 0, m])
-    return max(start_s, end_s[l + 1, 1, m]) if l + 1 < L else start_s
+    start_s = max(free_s[homes[s]], end_s[s, 0, m])
+    return max(start_s, end_s[s + 1, 1, m]) if s + 1 < L else start_s
 
 
 @numba.njit
@@ -114,38 +117,37 @@ def _at_least_s(seconds, homes, M, splits_first, state):
     left_s = np.zeros(len(free_s))
     found_s = 0.0
     after_s = 0.0
-    rest_s = 0.0
-    for l in range(L):
-        splits = splits_first or l > 0
-        whole, path = seconds[l, B], seconds[l, B]
+    for s in range(L):
+        splits = splits_first or s > 0
+        whole, path = seconds[s, B], seconds[s, B]
         if splits:
-            whole = min(whole, seconds[l, I] + seconds[l, W])
-            path = min(path, seconds[l, I])
-        num_forwards, num_backwards = M - done[l, F], M - done[l, B]
-        left_s[homes[l]] += num_forwards * seconds[l, F] + num_backwards * whole
-        left_s[homes[l]] += (done[l, I] - done[l, W]) * seconds[l, W]
+            whole = min(whole, seconds[s, I] + seconds[s, W])
+            path = min(path, seconds[s, I])
+        num_forwards, num_backwards = M - done[s, F], M - done[s, B]
+        left_s[homes[s]] += num_forwards * seconds[s, F] + num_backwards * whole
+        left_s[homes[s]] += (done[s, I] - done[s, W]) * seconds[s, W]
         if num_backwards:
-            free = free_s[homes[l]]
-            if l + 1 < L and num_backwards <= done[l + 1, B] - done[l, B]:
-                free = max(free, end_s[l + 1, 1, M - 1] - (num_backwards - 1) * path)
+            free = free_s[homes[s]]
+            if s + 1 < L and num_backwards <= done[s + 1, B] - done[s, B]:
+                free = max(free, end_s[s + 1, 1, M - 1] - (num_backwards - 1) * path)
             found_s = max(found_s, free + num_backwards * path + after_s)
         after_s += path
     rest_s = after_s
-    for l in range(L - 1, -1, -1):
-        num_forwards = M - done[l, F]
+    for s in range(L - 1, -1, -1):
+        num_forwards = M - done[s, F]
         if num_forwards:
-            found_s = max(found_s, free_s[homes[l]] + num_forwards * seconds[l, F] + rest_s)
-        rest_s += seconds[l, F]
+            found_s = max(found_s, free_s[homes[s]] + num_forwards * seconds[s, F] + rest_s)
+        rest_s += seconds[s, F]
     for d in range(len(free_s)):
         begins_s = np.inf  # of what is left, when the first can
         if left_s[d] > 0:
-            for l in range(L):
-                if homes[l] == d:
-                    if done[l, W] < done[l, I] or done[l, F] > done[l, B]:
+            for s in range(L):
+                if homes[s] == d:
+                    if done[s, W] < done[s, I] or done[s, F] > done[s, B]:
                         begins_s = 0.0
-                    elif done[l, F] < M:
-                        m = done[l, F]
-                        early_s, k = 0.0, l
+                    elif done[s, F] < M:
+                        m = done[s, F]
+                        early_s, k = 0.0, s
                         while k > 0 and done[k - 1, F] <= m:
                             k -= 1
                             early_s += seconds[k, F]
@@ -162,16 +164,16 @@ def _is_new(homes, M, state, seen):
     done, end_s, free_s, last_w = state
     key = np.uint64(1469598103934665603)
     prime = np.uint64(1099511628211)
-    for l in range(L):
+    for s in range(L):
         for k in range(4):
-            key = (key ^ np.uint64(done[l, k] + 1)) * prime
-        if l + 1 < L:
-            for m in range(done[l + 1, F], done[l, F]):
-                later_s = max(end_s[l, 0, m], free_s[homes[l + 1]])
+            key = (key ^ np.uint64(done[s, k] + 1)) * prime
+        if s + 1 < L:
+            for m in range(done[s + 1, F], done[s, F]):
+                later_s = max(end_s[s, 0, m], free_s[homes[s + 1]])
                 key = (key ^ np.uint64(np.int64(later_s * 64) + 7)) * prime
-        if l > 0:
-            for m in range(done[l - 1, B], done[l, B]):
-                later_s = max(end_s[l, 1, m], free_s[homes[l - 1]])
+        if s > 0:
+            for m in range(done[s - 1, B], done[s, B]):
+                later_s = max(end_s[s, 1, m], free_s[homes[s - 1]])
                 key = (key ^ np.uint64(np.int64(later_s * 64) + 11)) * prime
     for d in range(len(free_s)):
         key = (key ^ np.uint64(np.int64(free_s[d] * 64) + 13)) * prime
@@ -196,33 +198,33 @@ def _search(seconds, homes, M, splits_first, below_s, nodes, state, seen):
     if not _is_new(homes, M, state, seen):
         return below_s
     first_end_s, device = np.inf, -1
-    for l in range(L):
+    for s in range(L):
         for kind in range(4):
-            start_s = _start_s(state, homes, M, l, kind)
-            if start_s < np.inf and _allowed(seconds[l], splits_first or l > 0, kind):
-                if start_s + seconds[l, kind] < first_end_s:
-                    first_end_s, device = start_s + seconds[l, kind], homes[l]
+            start_s = _start_s(state, homes, M, s, kind)
+            allowed = start_s < np.inf and _allowed(seconds[s], splits_first or s > 0, kind)
+            if allowed and start_s + seconds[s, kind] < first_end_s:
+                first_end_s, device = start_s + seconds[s, kind], homes[s]
     if device < 0:
         return min(below_s, free_s.max())
     for kind in (I, B, F, W):
-        for l in range(L - 1, -1, -1):
-            if homes[l] != device or not _allowed(seconds[l], splits_first or l > 0, kind):
+        for s in range(L - 1, -1, -1):
+            if homes[s] != device or not _allowed(seconds[s], splits_first or s > 0, kind):
                 continue
-            start_s = _start_s(state, homes, M, l, kind)
-            if start_s >= first_end_s or (kind == W and last_w[device] > l):
+            start_s = _start_s(state, homes, M, s, kind)
+            if start_s >= first_end_s or (kind == W and last_w[device] > s):
                 continue
-            m = done[l, F] if kind == F else done[l, B]
+            m = done[s, F] if kind == F else done[s, B]
             before_s, before_w = free_s[device], last_w[device]
-            free_s[device] = start_s + seconds[l, kind]
-            last_w[device] = l if kind == W else -1
-            done[l, kind] += 1
+            free_s[device] = start_s + seconds[s, kind]
+            last_w[device] = s if kind == W else -1
+            done[s, kind] += 1
             if kind == I:
-                done[l, B] += 1
+                done[s, B] += 1
             if kind != W:
-                end_s[l, int(kind != F), m] = free_s[device]
+                end_s[s, int(kind != F), m] = free_s[device]
             below_s = _search(seconds, homes, M, splits_first, below_s, nodes, state, seen)
-            done[l, kind] -= 1
+            done[s, kind] -= 1
             if kind == I:
-                done[l, B] -= 1
+                done[s, B] -= 1
             free_s[device], last_w[device] = before_s, before_w
     return below_s
