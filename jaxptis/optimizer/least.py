@@ -111,14 +111,16 @@ def _least(
     """Return a layer that reads and makes these bytes.
 
     While its backward runs, its device holds what it reads, what it saved (or has just computed
-    again), the gradient of what it made (or, inside of a stage, what it made) and temporaries.
+    again), the gradient of what it made (or, inside of a stage, what it made) and the
+    temporaries of a whole backward or of an input gradient.
     """
+    temporary_bytes = min(layer.backward_temporary_bytes, layer.input_grad_temporary_bytes)
     whole_s, split_s = layer.backward_s, layer.input_grad_s + layer.weight_grad_s
     return LeastLayer(
         forward_s=layer.forward_s,
         path_s=min(whole_s, layer.input_grad_s) if splits else whole_s,
         backward_s=min(whole_s, split_s) if splits else whole_s,
         lasting_bytes=layer.param_bytes + layer.grad_bytes + state_bytes,
-        passing_bytes=read_bytes + layer.saved_bytes + made_bytes + layer.temporary_bytes,
+        passing_bytes=read_bytes + layer.saved_bytes + made_bytes + temporary_bytes,
         tied=tied,
     )

@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 
+from experiments.published import DATA, TICK_S
 from jaxptis.cluster import Cluster
 from jaxptis.optimizer.certificate import certify
 from jaxptis.optimizer.least_memory import check_possible, enough_bytes
@@ -16,7 +17,7 @@ from tests.clusters import device, equal_devices
 from tests.optimizer.every_schedule import shortest_s
 from tests.optimizer.tiny_cases import tiny_case
 from tests.performance.random_steps import Step, random_step
-from tests.published import DATA, TICK_S, PublishedPlan, published_costs, published_plans
+from tests.published import PublishedPlan, published_costs, published_plans
 
 NUM_CASES = 40
 NUM_STEPS = 30
