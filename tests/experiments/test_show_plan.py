@@ -43,8 +43,8 @@ def costs_file(tmp_path):
         # The layers of the pattern, the embedding and the head; the published number of parameters.
         ("nemotron_h", "56B", "120 layers, 56,324,350,464 parameters"),
         # Two layers a block, the embedding and the head. With the block that predicts the token
-        # after the next, V3 has what joins, and its head twice.
-        ("deepseek", "V3", "128 layers, 682,636,487,424 parameters"),
+        # after the next, V3 has what joins, and its embedding and its head twice.
+        ("deepseek", "V3", "129 layers, 682,636,487,424 parameters"),
         ("llama2", "70B", "162 layers, 68,976,648,192 parameters"),
     ],
 )
