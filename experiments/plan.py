@@ -1,0 +1,214 @@
+"""Plans a step: the plan, how far it can be from the best, and what other strategies would take.
+
+python -m experiments.plan --costs=costs.json --num_devices=8 --plan_output=plan.txt
+python -m experiments.plan --size=70B --device="NVIDIA H200" --num_devices=16 --num_microbatches=64
+python -m experiments.train --strategy=plan.txt ...  # if the costs are those of its layers
+
+Needs no device. The layers are those of a model, with estimated costs, or of a file of costs. Steps
+are simulated as the executor runs them: a device takes part in its transfers. What no step falls
+below is proven, for transfers that take no time.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from absl import app, flags, logging
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from experiments.chosen_cluster import NUM_MICROBATCHES, OF_CLUSTER, chosen_cluster
+from experiments.chosen_layers import (
+    COSTS,
+    OF_MODEL,
+    chosen_layers,
+    layers_settings,
+    layers_title,
+)
+from experiments.predicted_step import PredictedStep, report, to_json
+from experiments.refused import refused_plainly
+from experiments.wide_console import wide_console
+from jaxptis.cluster import Cluster
+from jaxptis.make_plan import ADAPTIS, BEST, MIST, make_plan
+from jaxptis.optimizer import best_plan
+from jaxptis.optimizer.certificate import Certificate, certify
+from jaxptis.performance import Costs, simulate
+from jaxptis.performance.check_memory import check_memory
+from jaxptis.pictures.bottleneck import find_bottleneck
+from jaxptis.pictures.words import duration, percent, size
+from jaxptis.schedules import FAMILIES, PARTITIONS
+
+for flag in (COSTS, *OF_MODEL, *OF_CLUSTER):
+    flags.declare_key_flag(flag.name)  # which --help lists
+STRATEGY = flags.DEFINE_string(
+    "strategy", BEST, "What plans: best, adaptis, mist, a schedule, or the path of a plan file."
+)
+TIME_LIMIT_S = flags.DEFINE_float(
+    "time_limit_s",
+    10.0,
+    "How long best searches, on about two cores; the same finds the same on any machine.",
+    lower_bound=0.1,
+)
+PLAN_OUTPUT = flags.DEFINE_string("plan_output", None, "File for the plan, which is a strategy.")
+JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for all figures.")
+HTML_OUTPUT = flags.DEFINE_string("html_output", None, "File for a page that shows the step.")
+
+BASELINES = (*(f"{name}(partition={how})" for name in FAMILIES for how in PARTITIONS), MIST)
+BASE = "interleaved(partition=uniform)"  # Megatron-LM's, to which others are compared
+
+Json = dict[str, Any]
+
+
+@flags.validator("plan_output", "its folder does not exist; create it first")
+@flags.validator("json_output", "its folder does not exist; create it first")
+@flags.validator("html_output", "its folder does not exist; create it first")
+def _has_folder(path: str | None) -> bool:
+    return path is None or pathlib.Path(path).absolute().parent.is_dir()
+
+
+@flags.validator("html_output", "it is a page for a browser; let it end in .html")
+def _is_page(path: str | None) -> bool:
+    return path is None or path.endswith(".html")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """What came of a strategy.
+
+    Attributes:
+        strategy: its name.
+        step: its plan; None if it cannot plan this.
+        refusal: why not, or which device lacks memory; empty if nothing is in the way.
+    """
+
+    strategy: str
+    step: PredictedStep | None
+    refusal: str = ""
+
+
+def main(argv: list[str]) -> None:
+    """Prints the layers, the plan, its certificate and a table, and writes the files."""
+    if argv[1:]:
+        raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
+    console = wide_console()
+    chosen = chosen_layers(console, with_costs=True)
+    costs = chosen.costs
+    assert costs is not None
+    with refused_plainly():
+        cluster = chosen_cluster(chosen.device)
+        certificate = certify(costs, cluster, NUM_MICROBATCHES.value)
+    names = track((*BASELINES, ADAPTIS), console=console, transient=True, description="baselines")
+    others = [attempt(name, costs, cluster) for name in names]
+    with console.status(f"planning: {STRATEGY.value}"), refused_plainly():
+        step = plan_step(costs, cluster, others)
+        find_bottleneck(step.timeline, step.plan)  # refuses a step that takes no time
+    report(step, console)
+    console.print()
+    console.print(Text(certificate.text(step.timeline.step_s)))
+    rows = [*others, Tried(STRATEGY.value, step, lacks_memory(step))]
+    console.print()
+    console.print(table_of(rows, certificate))
+    if PLAN_OUTPUT.value is not None:
+        step.plan.save(PLAN_OUTPUT.value)
+    if HTML_OUTPUT.value is not None:
+        title = f"{layers_title()}, {STRATEGY.value}, predicted"
+        step.timeline.save(HTML_OUTPUT.value, plan=step.plan, title=title)
+    if JSON_OUTPUT.value is not None:
+        figures = figures_of(step, certificate, rows) | {"layers": chosen.layers}
+        pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(figures, indent=1) + "\n")
+    if rows[-1].refusal:
+        sys.exit(rows[-1].refusal)
+
+
+def plan_step(costs: Costs, cluster: Cluster, others: Iterable[Tried]) -> PredictedStep:
+    """Returns the step of --strategy; best begins with all others."""
+    count = NUM_MICROBATCHES.value
+    if STRATEGY.value == BEST:
+        plan = best_plan(
+            costs,
+            cluster,
+            count,
+            others=[each.step.plan for each in others if each.step],
+            time_limit_s=TIME_LIMIT_S.value,
+        )
+    else:
+        plan = make_plan(costs, STRATEGY.value, cluster=cluster, num_microbatches=count)
+    return predicted(plan, costs, cluster)
+
+
+def attempt(strategy: str, costs: Costs, cluster: Cluster) -> Tried:
+    """Returns the step of a strategy, or why there is none."""
+    try:
+        plan = make_plan(costs, strategy, cluster=cluster, num_microbatches=NUM_MICROBATCHES.value)
+    except ValueError as error:
+        return Tried(strategy, None, str(error))
+    step = predicted(plan, costs, cluster)
+    return Tried(strategy, step, lacks_memory(step))
+
+
+def predicted(plan: Any, costs: Costs, cluster: Cluster) -> PredictedStep:
+    """Returns a plan with its step."""
+    return PredictedStep(plan, simulate(plan, costs, cluster, blocking=True), cluster)
+
+
+def lacks_memory(step: PredictedStep) -> str:
+    """Returns which device lacks memory; nothing if none does."""
+    try:
+        check_memory(step.timeline, step.cluster)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def table_of(rows: Iterable[Tried], certificate: Certificate) -> Table:
+    """Returns a line a strategy; those that cannot plan this are left out."""
+    planned = [(row, row.step.timeline) for row in rows if row.step is not None]
+    base_s = next((timeline.step_s for row, timeline in planned if row.strategy == BASE), None)
+    table = Table(
+        *("strategy", "step", "against it", "bubble", "peak memory", "gap at most", ""),
+        box=None,
+        caption=f"against it: how many times as fast as {BASE}",
+        caption_justify="left",
+    )
+    for row, timeline in planned:
+        table.add_row(
+            Text(row.strategy),
+            duration(timeline.step_s),
+            "" if base_s is None else f"{base_s / timeline.step_s:.3f}",
+            percent(statistics.fmean(timeline.bubble)),
+            size(max(curve.peak_bytes for curve in timeline.memory)),
+            f"{certificate.gap(timeline.step_s):.2%}",
+            "lacks memory" if row.refusal else "",
+        )
+    return table
+
+
+def figures_of(step: PredictedStep, certificate: Certificate, rows: Iterable[Tried]) -> Json:
+    """Returns all figures, times in seconds and sizes in bytes, and the flags that count."""
+    given = (*layers_settings(), STRATEGY, TIME_LIMIT_S, *OF_CLUSTER)
+    return {
+        "settings": {flag.name: flag.value for flag in given if flag.value is not None},
+        **to_json(step),
+        "gap": certificate.gap(step.timeline.step_s),
+        "bounds": [dataclasses.asdict(bound) for bound in certificate.bounds],
+        "strategies": [
+            {
+                "strategy": row.strategy,
+                "step_s": row.step and row.step.timeline.step_s,
+                "bubble": row.step and statistics.fmean(row.step.timeline.bubble),
+                "peak_bytes": row.step and max(x.peak_bytes for x in row.step.timeline.memory),
+                "refusal": row.refusal,
+            }
+            for row in rows
+        ],
+    }
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # of JAX, for one; --verbosity=0 shows the rest
+    app.run(main)
