@@ -6,7 +6,7 @@ python -m experiments.launch --num_processes=2 --pin -- experiments.compare --nu
 python -m experiments.compare --size=small --num_devices=4 --asleep --slower=8 --num_steps=3 \
     --json_output=experiments/results/compare_asleep_P4.json
 python -m experiments.compare --size=small --num_devices=8 --num_microbatches=16 --asleep \
-    --slower=8 --num_steps=3 --json_output=experiments/results/compare_asleep_P8.json
+    --slower=8 --num_steps=1 --json_output=experiments/results/compare_asleep_P8.json
 
 Costs of layers, and links, are measured here, once for each model, on the parameters and tokens of
 its steps. A step is measured from its first task to the end of its last; "plain" is how long steps
