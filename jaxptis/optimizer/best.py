@@ -8,7 +8,9 @@ import numpy as np
 
 from jaxptis.cluster import Cluster
 from jaxptis.optimizer.anneal import step_s_of
+from jaxptis.optimizer.balance import check_fills_devices
 from jaxptis.optimizer.candidate import HOME, RECOMPUTE, Candidate
+from jaxptis.optimizer.least_memory import check_possible
 from jaxptis.optimizer.problem import Problem
 from jaxptis.optimizer.search import search
 from jaxptis.performance import Costs, simulate
@@ -41,13 +43,12 @@ def best_plan(
         seed: of what is drawn.
 
     Raises:
-        ValueError: there are fewer layers than devices, or no plan was found that fits the memory.
+        ValueError: there are fewer layers than devices, no plan can fit the memory (says what
+            would do), or none was found that does.
     """
     num_layers, num_devices = len(costs.layers), len(cluster.devices)
-    if num_layers < num_devices:
-        raise ValueError(
-            f"{num_layers} layers cannot fill {num_devices} devices; pass {num_layers} or fewer"
-        )
+    check_fills_devices(num_layers, num_devices)
+    check_possible(costs, cluster)
     names = [layer.name for layer in costs.layers]
     problem = Problem.of(costs, cluster, num_microbatches)
     found: list[Plan] = list(others)

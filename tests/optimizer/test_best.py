@@ -83,6 +83,18 @@ def test_too_little_memory(costs: Costs) -> None:
         best_plan(costs, cluster, 8, time_limit_s=QUICK)
 
 
+def test_a_limit_that_no_plan_keeps_is_refused_with_what_would_do() -> None:
+    costs = replace(
+        published_costs("nemotron-h-4B"),
+        layers=tuple(
+            replace(layer, param_bytes=100) for layer in published_costs("nemotron-h-4B").layers
+        ),
+    )
+    devices = Cluster((device(memory_bytes=1000),) * 4)
+    with pytest.raises(ValueError, match=f"need {100 * len(costs.layers):,} bytes.* are enough"):
+        best_plan(costs, devices, 8, time_limit_s=QUICK)
+
+
 def test_too_few_layers(costs: Costs) -> None:
     few = replace(costs, layers=costs.layers[:3])
     with pytest.raises(ValueError, match="3 layers cannot fill 4 devices; pass 3 or fewer"):
