@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
 
 
 def plan_step(costs: Costs, cluster: Cluster, others: Iterable[Tried]) -> PredictedStep:
-    """Returns the step of --strategy; best begins with all others."""
+    """Returns the step of --strategy; best is no worse than all others."""
     count = NUM_MICROBATCHES.value
     if STRATEGY.value == BEST:
         plan = best_plan(

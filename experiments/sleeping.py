@@ -96,7 +96,7 @@ def measure_asleep(pipeline: Pipeline, params: Any, batch: Any, num_steps: int) 
     timelines = []
     for _ in range(1 + num_steps):
         _, happenings = executable.record(inputs)
-        timelines.append(measured_timeline(executable, devices, happenings)[0])
+        timelines.append(measured_timeline(executable, devices, happenings())[0])
     return sorted(timelines[1:], key=lambda timeline: timeline.step_s)[num_steps // 2]
 
 

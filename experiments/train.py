@@ -27,6 +27,7 @@ from experiments.corpus import Corpus, as_bytes, load_corpus, sample_batch, spre
 from experiments.refused import refused_plainly
 from experiments.report import History, report
 from experiments.tokenizer import read_tokenizer
+from jaxptis.profile import ProfileError
 from models import MODELS, Model
 from models.load import load
 from models.save import save
@@ -62,7 +63,7 @@ STRATEGY = flags.DEFINE_string(
 ADAPT_EVERY = flags.DEFINE_integer(
     "adapt_every",
     None,
-    "After so many steps each, take three more on the last batch, measure their tasks, and go on "
+    "After so many steps each, take seven more on the last batch, measure their tasks, and go on "
     "in the order that is best for what they take.",
     lower_bound=1,
 )
@@ -265,12 +266,21 @@ def train(
                 )
                 eval_losses.append((step, eval_loss))
                 bar.print(f"step {step:4}  loss {losses[-1]:.3f}  evaluation {eval_loss:.3f}")
-            if ADAPT_EVERY.value is not None and step % ADAPT_EVERY.value == 0:
-                state, adaptation = trainer.adapt(state, batch)
-                bar.print(f"step {step:4}  {adaptation}", markup=False)
+            if ADAPT_EVERY.value and step % ADAPT_EVERY.value == 0 and step < NUM_STEPS.value:
+                state, found = adapt(trainer, state, batch)
+                bar.print(f"step {step:4}  {found}", markup=False)
             bar.update(task, completed=step, description=f"loss {losses[-1]:.3f}")
     history = History(losses=tuple(losses), eval_losses=tuple(eval_losses), step_s=tuple(step_s))
     return state.params, history
+
+
+def adapt(trainer: jaxptis.Trainer, state: Any, batch: Any) -> tuple[Any, str]:
+    """Lets the order of tasks follow what they take; returns the state and what was found."""
+    try:
+        state, adaptation = trainer.adapt(state, batch)
+    except ProfileError as error:
+        return error.state, str(error)
+    return state, str(adaptation)
 
 
 def to_json(trainer: jaxptis.Trainer, history: History, corpus: Corpus) -> dict[str, Any]:

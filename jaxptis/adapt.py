@@ -23,11 +23,12 @@ class Adaptation:
 
     Attributes:
         profile: what was measured.
-        speeds: of the devices, beside those that costs are of.
+        speeds: of the devices, beside what was planned for; 0.5 took twice as long.
         before_s: the step in the order so far.
         after_s: the step in the order that is run from now on.
         plan: that is run from now on; the stages are those from before.
-        other: the best plan that a search finds, which may have other stages.
+        other: the best plan that a search finds, which may have other stages; `plan` if costs are
+            estimated, since then nobody knows whether a device is slow or its layers are.
         other_s: its step.
         num_compilations: how many programs had to be compiled.
     """
@@ -71,12 +72,19 @@ class Adaptation:
         return self.text()
 
 
-def adapt(pipeline: Pipeline, profile: Profile) -> tuple[Pipeline, Adaptation]:
-    """Return the pipeline in its best order by what was measured, and what there is to say."""
-    analysis, plan = pipeline.analysis, pipeline.plan
-    costs, cluster = observed(profile.timeline, plan, analysis.costs, analysis.cluster)
+def adapt(pipeline: Pipeline, costs: Costs, profile: Profile) -> tuple[Pipeline, Adaptation]:
+    """Return the pipeline in its best order by what was measured, and what there is to say.
+
+    Args:
+        pipeline: that was measured.
+        costs: of its layers, with the optimizer's state.
+        profile: of its step.
+    """
+    analysis, plan, planned_for = pipeline.analysis, pipeline.plan, pipeline.analysis.cluster
+    costs, cluster = observed(profile.timeline, plan, costs, planned_for)
     ordered = reorder(plan, costs, cluster)
-    other = _search(ordered, costs, cluster)
+    # What an estimate has wrong of a layer would be blamed on the layer's device.
+    other = ordered if costs.source == "estimated" else _search(ordered, costs, cluster)
     timeline = simulate(ordered, costs, cluster, blocking=True)
     adapted = replace(
         pipeline,
@@ -86,7 +94,10 @@ def adapt(pipeline: Pipeline, profile: Profile) -> tuple[Pipeline, Adaptation]:
     )
     return adapted, Adaptation(
         profile=profile,
-        speeds=tuple(device.speed for device in cluster.devices),
+        speeds=tuple(
+            now.speed / then.speed
+            for now, then in zip(cluster.devices, planned_for.devices, strict=True)
+        ),
         before_s=simulate(plan, costs, cluster, blocking=True).step_s,
         after_s=timeline.step_s,
         plan=ordered,

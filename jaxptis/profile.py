@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,13 +16,26 @@ from jaxptis.executor.record import Happening
 from jaxptis.performance import Timeline
 
 
+class ProfileError(ValueError):
+    """Steps were taken, but nothing came of measuring them.
+
+    Attributes:
+        state: after the steps, to go on with.
+    """
+
+    def __init__(self, message: str, state: Any) -> None:
+        super().__init__(message)
+        self.state = state
+
+
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """What a step did, measured.
 
     Attributes:
         timeline: of the step of median length, from its first task to its last.
-        recorded_s: for every recorded step, how long it took with its update.
+        recorded_s: for every recorded step, how long it took with its update, by the clock of this
+            process.
         plain_s: likewise, of as many steps in between that were not recorded.
         clock_error_s: how far the clocks of processes may be apart in the timeline at most.
     """

@@ -19,7 +19,7 @@ from jaxptis.flax_models import split_nnx
 from jaxptis.parts import flatten
 from jaxptis.performance import Timeline
 from jaxptis.placement import Placement
-from jaxptis.profile import Profile, measured_timeline
+from jaxptis.profile import Profile, ProfileError, measured_timeline
 
 
 class Bindable(Protocol):
@@ -129,14 +129,15 @@ class TrainStep:
         """Take steps, every other of them recorded; see `jaxptis.Trainer.profile`."""
         if num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; record 1 or more")
-        devices = self._pipelined.compiler.devices
-        happenings: list[Happening] = []
+        compiler = self._pipelined.compiler
         timelines: list[tuple[Timeline, float]] = []
         plain_s: list[float] = []
         recorded_s: list[float] = []
+        told: list[Callable[[], list[Happening]]] = []
 
         def record(executable: Executable, inputs: Sequence[Any]) -> list[Any]:
-            outs, happenings[:] = executable.record(inputs)
+            outs, happenings = executable.record(inputs)
+            told.append(happenings)
             return outs
 
         state, _ = self(state, batch)  # what only happens once is not recorded
@@ -146,7 +147,8 @@ class TrainStep:
                 start_s = time.perf_counter()
                 state, _ = jax.block_until_ready(self._take(state, batch, run))
                 seconds.append(time.perf_counter() - start_s)
-            timelines.append(measured_timeline(self._stepped(), devices, happenings))
+            happenings = _agreed(told.pop(), compiler, state)
+            timelines.append(measured_timeline(self._stepped(), compiler.devices, happenings))
         timeline, error_s = sorted(timelines, key=lambda each: each[0].step_s)[num_steps // 2]
         return state, Profile(
             timeline=timeline,
@@ -158,18 +160,24 @@ class TrainStep:
     def adapt(self, state: TrainState, batch: Any, num_steps: int) -> tuple[TrainState, Adaptation]:
         """Measure steps, and go on in the best order; see `jaxptis.Trainer.adapt`."""
         state, profile = self.profile(state, batch, num_steps)
+        try:
+            return state, self._adapt(state, batch, profile)
+        except (ValueError, RuntimeError) as error:
+            raise ProfileError(f"the order stays as it was: {error}", state) from error
+
+    def _adapt(self, state: TrainState, batch: Any, profile: Profile) -> Adaptation:
+        """Go on in the best order by a profile."""
         old = self._call(state.graphdef, state.params, state.model_state, batch).compiled
-        pipeline, adaptation = adapt(old.pipeline, profile)
+        pipeline, adaptation = adapt(old.pipeline, old.train_step(self._optimizer).costs, profile)
         if not adaptation.is_new:
-            return state, adaptation
+            return adaptation
         compiler = self._pipelined.compiler
         count = compiler.num_compilations
         new = old.adapted(pipeline)
         new.used = new.train_step(self._optimizer)
         self._pipelined.replace(old, new)
         self._pipelined.shown = new
-        compiled = compiler.num_compilations - count
-        return state, dataclasses.replace(adaptation, num_compilations=compiled)
+        return dataclasses.replace(adaptation, num_compilations=compiler.num_compilations - count)
 
     def _take(
         self,
@@ -241,6 +249,20 @@ class TrainStep:
         if graphdef is not None:
             batch = (model_state, batch)
         return self._pipelined.bind(graphdef, params, batch)
+
+
+def _agreed(
+    told: Callable[[], list[Happening]], compiler: Compiler, state: TrainState
+) -> list[Happening]:
+    """Return what happened in this process, or raise in all if one cannot tell."""
+    happenings, error = [], ""
+    try:
+        happenings = told()
+    except ValueError as cannot:
+        error = str(cannot)
+    if errors := list(filter(None, compiler.processes.share(error))):
+        raise ProfileError(errors[0], state)
+    return happenings
 
 
 def _call_executable(executable: Executable, inputs: Sequence[Any]) -> list[Any]:

@@ -123,12 +123,15 @@ class Trainer:
           num_steps: how many steps to record.
 
         Returns:
-          The state after all of them, and what was measured; the same in every process.
+          The state after all of them, and what was measured: the same timeline in every process.
+
+        Raises:
+          ProfileError: a trace cannot be read; it has the state after the steps.
         """
         return self._step.profile(state, batch, num_steps)
 
     def adapt(
-        self, state: TrainState, batch: Any, *, num_steps: int = 1
+        self, state: TrainState, batch: Any, *, num_steps: int = 3
     ) -> tuple[TrainState, Adaptation]:
         """Take steps, measure how long tasks take, and go on with the order that is best for that.
 
@@ -142,7 +145,10 @@ class Trainer:
           num_steps: how many steps to record; the median one counts. See `profile`.
 
         Returns:
-          The state after these steps, and what was found; the same in every process.
+          The state after these steps, and what was found: the same plans in every process.
+
+        Raises:
+          ProfileError: nothing came of it, and the order stays; it has the state after the steps.
         """
         return self._step.adapt(state, batch, num_steps)
 

@@ -10,8 +10,9 @@ import pytest
 import jaxptis
 from jaxptis.adapt import adapt
 from jaxptis.cluster import Cluster
+from jaxptis.executor.executable import Executable
 from jaxptis.performance import simulate
-from jaxptis.profile import Profile
+from jaxptis.profile import Profile, ProfileError
 from jaxptis.train_step import TrainStep
 from tests.small_models import loss_fn, make_batch, make_params
 
@@ -66,9 +67,35 @@ def test_training_goes_on_in_another_order_without_compiling_a_stage(monkeypatch
         jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-    # What would help more is said: the slow device keeps all of its layers.
+    assert adaptation.other == adaptation.plan  # costs are estimated
+
+
+def test_what_other_stages_would_bring_is_said_if_costs_are_known():
+    pipelined, _, _ = make_step()
+    pipeline = pipelined.shown.pipeline
+    costs = replace(pipelined.shown.used.costs, source="given")
+    _, adaptation = adapt(pipeline, costs, as_if_slow(pipeline, 0))
+    # The slow device would have fewer layers.
     assert adaptation.other_s < adaptation.after_s
     assert "other stages would take" in str(adaptation)
+
+
+def test_the_state_is_not_lost_when_nothing_comes_of_measuring(monkeypatch):
+    pipelined, step, state = make_step()
+    before = pipelined.plan
+
+    def cannot_tell():
+        raise ValueError("this trace has no kernels")
+
+    record = Executable.record
+    monkeypatch.setattr(
+        Executable, "record", lambda self, inputs: (record(self, inputs)[0], cannot_tell)
+    )
+    with pytest.raises(ProfileError, match="this trace has no kernels") as caught:
+        step.adapt(state, make_batch(), 1)
+    state, _ = step(caught.value.state, make_batch())
+    assert state.step == 4
+    assert pipelined.plan == before
 
 
 def test_steps_are_measured_and_a_plan_that_is_good_stays():
@@ -85,6 +112,6 @@ def test_a_device_as_planned_is_not_called_slow():
     pipeline = pipelined.shown.pipeline
     timeline = pipeline.timeline
     profile = Profile(timeline=timeline, recorded_s=(1.0,), plain_s=(1.0,), clock_error_s=0.0)
-    _, adaptation = adapt(pipeline, profile)
+    _, adaptation = adapt(pipeline, pipelined.shown.used.costs, profile)
     assert adaptation.speeds == pytest.approx([1.0] * NUM_DEVICES)
     assert adaptation.before_s == pytest.approx(timeline.step_s)

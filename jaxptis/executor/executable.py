@@ -167,10 +167,11 @@ class Executable:
         self.num_calls += 1
         return [slots[slot] for slot in self._outputs]
 
-    def record(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Happening]]:
-        """Run the step; return its outputs, and when each instruction was run.
+    def record(self, inputs: Sequence[Any]) -> tuple[list[Any], Callable[[], list[Happening]]]:
+        """Run the step; return its outputs, and what tells when each instruction was run.
 
-        GPUs run as they do in a call, and are traced. Elsewhere each instruction is run to its end.
+        GPUs run as they do in a call, and are traced; of a trace that cannot be read a ValueError
+        tells. Elsewhere each instruction is run to its end.
         """
         if self._jax_devices[0].platform == "gpu":
             return self._trace(inputs)
@@ -181,16 +182,16 @@ class Executable:
         jax.block_until_ready([value for value in slots if value is not None])
         jobs = [Job(ends=op.ends, run=functools.partial(_finish, op, slots)) for op in self._ops]
         happenings = record(jobs, in_turn=self._in_turn)
-        return [slots[slot] for slot in self._outputs], happenings
+        return [slots[slot] for slot in self._outputs], lambda: happenings
 
-    def _trace(self, inputs: Sequence[Any]) -> tuple[list[Any], list[Happening]]:
+    def _trace(self, inputs: Sequence[Any]) -> tuple[list[Any], Callable[[], list[Happening]]]:
         jax.block_until_ready([value for _, value in self._local(inputs)])
         outputs, kernels = traced(functools.partial(self, inputs))
         launches: dict[int, list[Launch]] = collections.defaultdict(list)
         for op in self._ops:
             for device, position in op.ends:
                 launches[device].append(Launch(position, op.module, id(op.call)))
-        return outputs, [
+        return outputs, lambda: [
             happening
             for device, each in launches.items()
             for happening in happenings_of(

@@ -62,7 +62,7 @@ def memory_s(
     # From the start of a layer's forward to the end of its path, there and back.
     back_s = least.after_s[-1] - least.after_s[:-1]
     stays_s = (least.before_s[-1] - least.before_s[:-1] + back_s) / max(speeds)
-    saved = np.array([layer.saved_bytes for layer in costs.layers], float)
+    saved = np.array([min(x.saved_bytes, x.saved_all_bytes) for x in costs.layers], float)
     byte_s = num_microbatches * saved * stays_s
     again_s = num_microbatches * np.array([layer.recompute_s for layer in costs.layers])
     if room <= 0:

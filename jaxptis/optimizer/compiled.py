@@ -1,6 +1,7 @@
 """Functions compiled to machine code, once for all processes: the search simulates many steps."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     changed_s = max(path.stat().st_mtime for path in _FOLDER.glob("*.py"))
     stem = Path(function.__code__.co_filename).stem
     for path in (_FOLDER / "__pycache__").glob(f"{stem}.{function.__name__}-*.nbi"):
-        if path.stat().st_mtime < changed_s:
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # another process may have been faster
+            if path.stat().st_mtime < changed_s:
+                path.unlink()
     return numba.njit(cache=True, nogil=True)(function)

@@ -114,6 +114,7 @@ def _least(
     again), the gradient of what it made (or, inside of a stage, what it made) and the
     temporaries of a whole backward or of an input gradient.
     """
+    saved_bytes = min(layer.saved_bytes, layer.saved_all_bytes)  # a stage recomputes all, or none
     temporary_bytes = min(layer.backward_temporary_bytes, layer.input_grad_temporary_bytes)
     whole_s, split_s = layer.backward_s, layer.input_grad_s + layer.weight_grad_s
     return LeastLayer(
@@ -121,6 +122,6 @@ def _least(
         path_s=min(whole_s, layer.input_grad_s) if splits else whole_s,
         backward_s=min(whole_s, split_s) if splits else whole_s,
         lasting_bytes=layer.param_bytes + layer.grad_bytes + state_bytes,
-        passing_bytes=read_bytes + layer.saved_bytes + made_bytes + temporary_bytes,
+        passing_bytes=read_bytes + saved_bytes + made_bytes + temporary_bytes,
         tied=tied,
     )

@@ -52,7 +52,11 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, costs: Costs, cluster: Cluster, num_microbatches: int) -> Self:
-        """Return the arrays. Tied parameters count where the first of their layers is."""
+        """Return the arrays.
+
+        Tied parameters count with each of their layers, as if on devices of their own: two of them
+        on one device need less than is counted.
+        """
         devices = range(len(cluster.devices))
         links = [[cluster.link_between(source, target) for target in devices] for source in devices]
         lasting = {layer.name: _lasting(layer) for layer in costs.layers}

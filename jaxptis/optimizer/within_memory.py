@@ -16,9 +16,9 @@ def partition_within(
 ) -> tuple[int, ...]:
     """Cut layers so that the stage that takes longest on its device takes as little as can be.
 
-    Among these, take the smallest sum of squares. Exact, for memory that is what lasts, what a
-    stage saves of each microbatch, and the largest temporary. What a device needs beside that, the
-    timeline says; it has so much less then, and the layers are cut again.
+    Among these, take the smallest sum of squares. Exact, for memory that is what lasts, see
+    `Problem.of`, what a stage saves of each microbatch, and the largest temporary. What a device
+    needs beside that, the timeline says; it has so much less then, and the layers are cut again.
 
     Args:
         problem: the layers and the devices.

@@ -22,7 +22,7 @@ def observed(
 
     What all tasks of a device have in common is put down to the device, as its speed. What is left
     is put down to the layers of each stage, by kind of task. A task takes the median of what was
-    measured of its stage and kind.
+    measured of its stage and kind, and nothing beside its layers.
 
     Args:
         measured: a step of the plan.
@@ -42,28 +42,24 @@ def observed(
     for device in range(plan.num_devices):
         here = [key for key in task_s if plan.stages[key[0]].device == device]
         took_s = sum(task_s[key] * len(seconds[key]) for key in here)
-        if took_s > 0:
-            speeds[device] = sum(known_s[key] * len(seconds[key]) for key in here) / took_s
+        expected_s = sum(known_s[key] * len(seconds[key]) for key in here)
+        if took_s > 0 and expected_s > 0:
+            speeds[device] = expected_s / took_s
     layers: list[LayerCost] = []
     for s, stage in enumerate(plan.stages):
         left = {
-            kind: _factor(task_s[s, kind] * speeds[stage.device], known_s[s, kind], costs.start_s)
+            kind: task_s[s, kind] * speeds[stage.device] / (known_s[s, kind] - costs.start_s)
             for kind in "FBIW"
-            if known_s.get((s, kind))
+            if known_s.get((s, kind), 0.0) > costs.start_s and task_s[s, kind] > 0
         }
         layers += [_slower(costs.layers[index], left) for index in ranges[s]]
     devices = (
         replace(device, speed=speed) for device, speed in zip(cluster.devices, speeds, strict=True)
     )
     return (
-        replace(costs, layers=tuple(layers), source="measured"),
+        replace(costs, layers=tuple(layers), start_s=0.0),
         replace(cluster, devices=tuple(devices)),
     )
-
-
-def _factor(took_s: float, known_s: float, start_s: float) -> float:
-    """Return how many times as long layers take as is known; 1 if nothing is known of them."""
-    return max(took_s - start_s, 0.0) / (known_s - start_s) if known_s > start_s else 1.0
 
 
 def _slower(layer: LayerCost, left: Mapping[str, float]) -> LayerCost:
