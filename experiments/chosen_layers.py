@@ -132,5 +132,9 @@ def _of_file(path: str, console: Console) -> ChosenLayers:
     of = f", {costs.source} for {costs.device}" if costs.device else f", {costs.source}"
     console.print(Text(f"{len(costs.layers)} layers{of}"))
     console.print(table)
+    if costs.device not in DEVICE_SPECS:
+        console.print(
+            Text("Nothing is known of the device, so its memory has no limit: --memory_limit_gib")
+        )
     layers = [dataclasses.asdict(layer) for layer in costs.layers]
     return ChosenLayers(layers, costs, DEVICE_SPECS.get(costs.device, NO_LIMIT))

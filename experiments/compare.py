@@ -23,7 +23,9 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -43,6 +45,7 @@ from experiments.refused import refused_plainly
 from experiments.sleeping import measure_asleep
 from experiments.wide_console import wide_console
 from jaxptis.cluster import Cluster
+from jaxptis.make_plan import make_plan
 from jaxptis.performance import Costs, Timeline
 from jaxptis.pipelined import Pipelined
 from models import MODELS, Model
@@ -104,9 +107,14 @@ def _is_folder(path: str | None) -> bool:
     return path is None or pathlib.Path(path).is_dir()
 
 
+@flags.validator("strategies", "give at least one")
+def _are_some(names: list[str]) -> bool:
+    return bool(names)
+
+
 @flags.validator("models", f"give names of families: {', '.join(MODELS)}")
 def _are_models(names: list[str]) -> bool:
-    return all(name in MODELS for name in names)
+    return bool(names) and all(name in MODELS for name in names)
 
 
 @flags.multi_flags_validator(["size", "models"], "not every family has this size; see models/")
@@ -171,9 +179,10 @@ def main(argv: list[str]) -> None:
             for row in compare(name, MODELS[name], devices):
                 rows.append(row)
                 bar.advance(task)
+                if JSON_OUTPUT.value is not None and first:
+                    text = json.dumps(to_json(rows), indent=1)
+                    pathlib.Path(JSON_OUTPUT.value).write_text(text + "\n")
     report(rows, console)
-    if JSON_OUTPUT.value is not None and first:
-        pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(to_json(rows), indent=1) + "\n")
 
 
 def compare(name: str, model: Model, devices: Sequence[jax.Device]) -> Any:
@@ -196,11 +205,12 @@ def compare(name: str, model: Model, devices: Sequence[jax.Device]) -> Any:
     )
     with refused_plainly():
         costs, cluster = measure(make(costs="measured"), params, {"tokens": tokens})
-    for strategy in STRATEGIES.value:
-        plan = strategy if strategy != RANDOM else draw(costs)
+    plans = {name: name if name != RANDOM else draw(costs) for name in STRATEGIES.value}
+    with refused_plainly():  # before the first is run
+        for plan in plans.values():
+            make_plan(costs, plan, cluster=cluster, num_microbatches=NUM_MICROBATCHES.value)
+    for strategy, plan in plans.items():
         pipelined = make(costs=costs, cluster=cluster, strategy=plan)
-        with refused_plainly():
-            pipelined.bind(None, params, {"tokens": tokens})  # plans it
         title = f"{name} {SIZE.value}, {strategy}"
         if ASLEEP.value:
             yield of_one_asleep(name, strategy, pipelined, params, {"tokens": tokens}, title)
@@ -334,6 +344,9 @@ def to_json(rows: Sequence[Row]) -> dict[str, Any]:
         "jax": jax.__version__,
         "num_processes": jax.process_count(),
         "num_cpus": os.cpu_count(),
+        "cpus_of_a_process": len(os.sched_getaffinity(0)),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
+        "command": f"python -m experiments.compare {shlex.join(sys.argv[1:])}",
         "settings": {flag.name: flag.value for flag in SETTINGS},
         "median_error": median,
         "worst_error": worst,

@@ -80,7 +80,8 @@ def main(argv: list[str]) -> None:
     chosen = chosen_layers(console, with_costs=STRATEGY.value is not None)
     figures: Json = {"settings": settings(), "layers": chosen.layers}
     if chosen.costs is not None and STRATEGY.value is not None:
-        step = predict(chosen.costs, STRATEGY.value, chosen.device)
+        with console.status("planning"):
+            step = predict(chosen.costs, STRATEGY.value, chosen.device)
         report(step, console)
         refusal = why_it_does_not_fit(step)
         figures |= {**to_json(step), "refusal": refusal}

@@ -19,7 +19,7 @@ from jaxptis.executor.initializer import initializer
 from jaxptis.executor.memory import DeviceMemory
 from jaxptis.executor.stage_tasks import KINDS, stage_program_name
 from jaxptis.parts import Cuts, flatten, is_parts
-from jaxptis.performance import Costs, Timeline
+from jaxptis.performance import Costs, Timeline, check_memory
 from jaxptis.performance.layer_costs import with_state_bytes
 from jaxptis.performance.memory_curves import memory_curves
 from jaxptis.performance.optimizer_state import optimizer_state_bytes
@@ -106,12 +106,19 @@ class Compiled:
     @functools.cached_property
     def gradient_step(self) -> GradientStep:
         """The gradient."""
+        check_memory(self.pipeline.timeline, self.pipeline.analysis.cluster)
         executable, homes = steps.gradient_step(self.pipeline, self._compiler)
         return GradientStep(self._dumped(executable), Placement(homes, self._compiler.devices))
 
     def train_step(self, optimizer: optax.GradientTransformation) -> Training:
-        """Return the gradient and the optimizer's update."""
+        """Return the gradient and the optimizer's update.
+
+        Raises:
+          ValueError: a device has too little memory for the step.
+        """
         if optimizer not in self._training:
+            costs = self._costs_with(optimizer)
+            check_memory(self._predicted(costs), self.pipeline.analysis.cluster)
             executable, state, pieces = steps.train_step(
                 self.pipeline, self._compiler, optimizer, self._param_types
             )
@@ -122,7 +129,7 @@ class Compiled:
                 state=Placement(state.homes, self._compiler.devices),
                 cuts=Cuts(pieces, [aval.shape for aval in types]),
                 structure=structure,
-                costs=self._costs_with(optimizer),
+                costs=costs,
             )
         return self._training[optimizer]
 
@@ -140,11 +147,13 @@ class Compiled:
     @property
     def timeline(self) -> Timeline:
         """The predicted step, of the step used last."""
+        return self.pipeline.timeline if self.used is None else self._predicted(self.costs)
+
+    def _predicted(self, costs: Costs) -> Timeline:
+        """Return the predicted step with the memory that these costs say."""
         predicted = self.pipeline.timeline
-        if self.used is None:
-            return predicted
         rows, transfers = predicted.spans, predicted.transfers
-        memory = memory_curves(self.pipeline.plan, self.costs, rows, transfers)
+        memory = memory_curves(self.pipeline.plan, costs, rows, transfers)
         return dataclasses.replace(predicted, memory=memory)
 
     def copy(self, params: Sequence[Any]) -> list[Any]:

@@ -97,11 +97,12 @@ def pipeline(
                 f"the cluster describes {len(known.devices)} devices, but the pipeline has "
                 f"{len(chosen)}; describe each device once, in order"
             )
-        if len(set(known.devices)) > 1:
+        kinds = {(d.kind, d.flops_per_s, d.bytes_per_s) for d in known.devices}
+        if len(kinds) > 1:
             raise ValueError(
-                f"the devices differ ({', '.join(sorted({d.kind for d in known.devices}))}), but "
-                "layers are balanced for equal ones; choose equal devices, or pass a cluster "
-                "that describes them alike"
+                f"the devices differ ({', '.join(sorted(kind for kind, *_ in kinds))}), but costs "
+                "are those of one kind; choose devices of one kind, or pass a cluster that "
+                "describes them as one kind with another speed: DeviceSpec(..., speed=0.5)"
             )
         if cluster is None and costs == "measured":
             known = measure_links(known, Compiler(chosen))

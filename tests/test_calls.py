@@ -1,5 +1,6 @@
 """What calls of one pipeline share, and what they must not."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import jax
@@ -76,6 +77,27 @@ def test_unequal_devices():
     pipelined = make_pipeline(cluster=jaxptis.Cluster(specs))
     with pytest.raises(ValueError, match=r"the devices differ \(fast, slow\)"):
         pipelined.value_and_grad(make_params(), make_batch())
+
+
+def test_devices_of_other_speed_and_memory():
+    spec = jaxptis.DeviceSpec(kind="a", flops_per_s=1e9, bytes_per_s=1e9)
+    slow = replace(spec, speed=0.25, memory_bytes=10**9)
+    pipelined = make_pipeline(cluster=jaxptis.Cluster((spec, slow)), strategy="mist")
+    params, batch = make_params((8,) * 6), make_batch()
+    loss, _ = pipelined.value_and_grad(params, batch)
+    np.testing.assert_allclose(loss, loss_fn(params, batch), rtol=1e-6)
+    of_fast, of_slow = (len(stage.layers) for stage in pipelined.plan.stages)
+    assert of_fast > of_slow
+
+
+def test_a_step_without_enough_memory_is_refused_with_the_optimizers_state():
+    params, batch = make_params(), make_batch()
+    peaks = [curve.peak_bytes for curve in make_pipeline().compile(params, batch).timeline.memory]
+    spec = jaxptis.DeviceSpec(kind="a", flops_per_s=1e9, bytes_per_s=1e9, memory_bytes=max(peaks))
+    pipelined = make_pipeline(cluster=jaxptis.Cluster((spec, spec)))
+    pipelined.value_and_grad(params, batch)
+    with pytest.raises(ValueError, match=r"device 0 needs [\d,]+ bytes .*, but has [\d,]+; most"):
+        pipelined.train_step(optax.adam(1e-3)).init(params, batch)
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap])

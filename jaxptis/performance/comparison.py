@@ -96,10 +96,13 @@ def compare(here: Seen, there: Seen) -> Comparison:
     """
     _check(here, there)
     ours, theirs = list(_tasks(here)), list(_tasks(there))
+    # Only in one stands a task that has nothing to do: it is predicted, and not run.
+    both = {span.task for span in ours} & {span.task for span in theirs}
     return Comparison(
         step=Pair(here_s=here.step_s, there_s=there.step_s),
         kinds=_means(
-            [(span.task.kind, span) for span in ours], [(span.task.kind, span) for span in theirs]
+            [(span.task.kind, span) for span in ours if span.task in both],
+            [(span.task.kind, span) for span in theirs if span.task in both],
         ),
         tasks=_means(
             [((span.task.stage, span.task.kind), span) for span in ours],

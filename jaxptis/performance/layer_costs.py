@@ -105,7 +105,11 @@ def with_state_bytes(
     layers = (
         dataclasses.replace(layer, state_bytes=state[(layer.name,)]) for layer in costs.layers
     )
-    tied = (dataclasses.replace(each, state_bytes=state[each.layers]) for each in costs.tied)
+    names = [layer.name for layer in costs.layers]
+    tied = (
+        dataclasses.replace(each, state_bytes=state[tuple(sorted(each.layers, key=names.index))])
+        for each in costs.tied
+    )
     return dataclasses.replace(costs, layers=tuple(layers), tied=tuple(tied))
 
 

@@ -1,30 +1,25 @@
 """The table of published models, of a search that is too short to be good."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from experiments import plan_tables
 from tests.published import published_plans
 
 
 @pytest.mark.parametrize("memory_of_1f1b", [False, True])
 def test_rows_stand_beside_what_was_published(tmp_path: Path, memory_of_1f1b: bool) -> None:
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["plan_tables"])
     path = tmp_path / "table.json"
-    with flagsaver.flagsaver(
-        sizes=["4x8"],
-        models=["nemotron-h-4B"],
-        seeds=["0", "1"],
-        time_limit_s=0.1,
-        memory_of_1f1b=memory_of_1f1b,
-        json_output=str(path),
-    ):
-        plan_tables.main([])
+    command = [
+        *(sys.executable, "-m", "experiments.plan_tables"),
+        *("--sizes=4x8", "--models=nemotron-h-4B", "--seeds=0,1", "--time_limit_s=0.1"),
+        *(f"--memory_of_1f1b={memory_of_1f1b}", f"--json_output={path}"),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
     table = json.loads(path.read_text())
     assert [row["seed"] for row in table["rows"]] == [0, 1]
     (tuned,) = (each for each in published_plans("tuned") if str(each) == "nemotron-h-4B 4x8 tuned")

@@ -86,3 +86,19 @@ def test_timelines_of_two_plans_are_refused():
         PREDICTED.compare(swapped)
     with pytest.raises(ValueError, match=r"device 1 runs stages \[1\] in one timeline and None"):
         PREDICTED.compare(replace(MEASURED, spans=MEASURED.spans[:1]))
+
+
+def test_what_was_not_run_as_it_does_nothing_is_left_out_of_means():
+    """The first stage has no input gradient: its I is predicted, takes no time, and is not run."""
+    first, second = PREDICTED.spans
+    nothing = Span(task("0I0"), 5.5, 5.5)
+    split = replace(
+        PREDICTED,
+        spans=(
+            (*first[:2], nothing, Span(task("0W0"), 5.5, 7.5)),
+            (second[0], Span(task("1I0"), 2.5, 4.0), Span(task("1W0"), 4.0, 5.0)),
+        ),
+    )
+    run = replace(split, spans=(tuple(s for s in split.spans[0] if s != nothing), split.spans[1]))
+    found = split.compare(run)
+    assert {pair.ratio for pair in found.kinds.values()} == {1.0}

@@ -19,7 +19,7 @@ def delay_s(sequence: Sequence[tuple[int, Span]], ends: tuple[int, int], positio
 
 def test_the_first_of_the_best_places() -> None:
     num_places = num_moved = 0
-    for seed in range(500):
+    for seed in range(700):
         rng = Random(seed)
         step = random_step(rng)
         timeline = simulate(step.plan, step.costs, step.cluster)
@@ -35,5 +35,5 @@ def test_the_first_of_the_best_places() -> None:
             assert best == made + 1 + delays.index(min(delays)), seed
             num_places += 1
             num_moved += best > made + 1
-    assert num_places > 400
-    assert num_moved > 100  # else the first place would do
+    assert num_places > 560
+    assert num_moved > 140  # else the first place would do
