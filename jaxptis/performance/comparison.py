@@ -34,7 +34,7 @@ class Comparison:
 
     Attributes:
         step: of the whole step.
-        kinds: of a task of this kind, on average.
+        kinds: of a task of this kind that both ran, on average.
         tasks: of a task of this stage and kind, on average.
         transfers: of a transfer from this device to that, on average.
         busy: of each device, all of its tasks.
