@@ -3,7 +3,7 @@ r"""Compares what is predicted of steps with what they take: models x strategies
 MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 \
 python -m experiments.launch --num_processes=2 --pin -- experiments.compare --num_devices=2 \
     --size=small --num_steps=3 --json_output=experiments/results/compare.json
-python -m experiments.compare --size=small --num_devices=4 --asleep --slower=8 --num_steps=3 \
+python -m experiments.compare --size=small --num_devices=4 --asleep --slower=8 --num_steps=1 \
     --json_output=experiments/results/compare_asleep_P4.json
 python -m experiments.compare --size=small --num_devices=8 --num_microbatches=16 --asleep \
     --slower=8 --num_steps=1 --json_output=experiments/results/compare_asleep_P8.json
