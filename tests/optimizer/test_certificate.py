@@ -119,9 +119,10 @@ def test_memory_that_holds_few_microbatches() -> None:
     where 1000 - 400 x = 600 + 5000 x.
     """
     layer = LayerCost(
-        name="", forward_s=1.0, backward_s=2.0, input_grad_s=1.0, weight_grad_s=1.0, saved_bytes=3
+        name="", forward_s=1.0, backward_s=2.0, input_grad_s=1.0, weight_grad_s=1.0, recompute_s=100
     )
-    costs = Costs(tuple(replace(layer, name=name, recompute_s=100.0) for name in "abcd"))
+    layer = replace(layer, saved_bytes=3, saved_all_bytes=3)
+    costs = Costs(tuple(replace(layer, name=name) for name in "abcd"))
     certificate = certify(costs, Cluster((device(memory_bytes=3),) * 2), 100)
     assert certificate.bound_s == pytest.approx(600 + 5000 * 400 / 5400)
     assert certificate.bounds[0].binds == "the memory of 2 devices for what microbatches save"
@@ -137,7 +138,7 @@ def heavy(**num_bytes: int) -> Costs:
 
 def test_what_whole_layers_need() -> None:
     """Seven layers of 10 bytes on three devices: one has three of them, and 5 for a backward."""
-    costs = heavy(param_bytes=10, saved_bytes=5)
+    costs = heavy(param_bytes=10, saved_bytes=5, saved_all_bytes=5)
     with pytest.raises(ValueError, match="whole layers do not fit; no plan needs less than 35 b"):
         check_possible(costs, Cluster((device(memory_bytes=34),) * 3))
     check_possible(costs, Cluster((device(memory_bytes=35),) * 3))
@@ -146,7 +147,8 @@ def test_what_whole_layers_need() -> None:
 
 
 def test_a_layer_that_is_too_large() -> None:
-    costs = heavy(param_bytes=10, grad_bytes=10, state_bytes=20, saved_bytes=5)
+    held = {"param_bytes": 10, "grad_bytes": 10, "state_bytes": 20}
+    costs = heavy(**held, saved_bytes=5, saved_all_bytes=5)
     with pytest.raises(
         ValueError,
         match="layer 'layer0' alone needs 45 bytes on its device: 40 for parameters, gradients and "
