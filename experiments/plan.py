@@ -30,20 +30,26 @@ from experiments.chosen_layers import (
     layers_settings,
     layers_title,
 )
-from experiments.predicted_step import PredictedStep, report, to_json
+from experiments.predicted_step import (
+    PredictedStep,
+    predicted,
+    report,
+    to_json,
+    why_it_does_not_fit,
+)
 from experiments.refused import refused_plainly
+from experiments.step_outputs import HTML_OUTPUT, JSON_OUTPUT, STEP_OUTPUTS, has_folder
 from experiments.wide_console import wide_console
 from jaxptis.cluster import Cluster
 from jaxptis.make_plan import ADAPTIS, BEST, MIST, make_plan
 from jaxptis.optimizer import best_plan
 from jaxptis.optimizer.certificate import Certificate, certify
-from jaxptis.performance import Costs, simulate
-from jaxptis.performance.check_memory import check_memory
+from jaxptis.performance import Costs
 from jaxptis.pictures.bottleneck import find_bottleneck
 from jaxptis.pictures.words import duration, percent, size
 from jaxptis.schedules import FAMILIES, PARTITIONS
 
-for flag in (COSTS, *OF_MODEL, *OF_CLUSTER):
+for flag in (COSTS, *OF_MODEL, *OF_CLUSTER, *STEP_OUTPUTS):
     flags.declare_key_flag(flag.name)  # which --help lists
 STRATEGY = flags.DEFINE_string(
     "strategy", BEST, "What plans: best, adaptis, mist, a schedule, or the path of a plan file."
@@ -55,8 +61,6 @@ TIME_LIMIT_S = flags.DEFINE_float(
     lower_bound=0.1,
 )
 PLAN_OUTPUT = flags.DEFINE_string("plan_output", None, "File for the plan, which is a strategy.")
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for all figures.")
-HTML_OUTPUT = flags.DEFINE_string("html_output", None, "File for a page that shows the step.")
 
 BASELINES = (*(f"{name}(partition={how})" for name in FAMILIES for how in PARTITIONS), MIST)
 BASE = "interleaved(partition=uniform)"  # Megatron-LM's, to which others are compared
@@ -64,16 +68,7 @@ BASE = "interleaved(partition=uniform)"  # Megatron-LM's, to which others are co
 Json = dict[str, Any]
 
 
-@flags.validator("plan_output", "its folder does not exist; create it first")
-@flags.validator("json_output", "its folder does not exist; create it first")
-@flags.validator("html_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
-
-
-@flags.validator("html_output", "it is a page for a browser; let it end in .html")
-def _is_page(path: str | None) -> bool:
-    return path is None or path.endswith(".html")
+flags.register_validator("plan_output", has_folder, "its folder does not exist; create it first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +78,12 @@ class Tried:
     Attributes:
         strategy: its name.
         step: its plan; None if it cannot plan this.
-        refusal: why not, or which device lacks memory; empty if nothing is in the way.
+        refusal: why not, or which device lacks memory; None if nothing is in the way.
     """
 
     strategy: str
     step: PredictedStep | None
-    refusal: str = ""
+    refusal: str | None = None
 
 
 def main(argv: list[str]) -> None:
@@ -110,7 +105,7 @@ def main(argv: list[str]) -> None:
     report(step, console)
     console.print()
     console.print(Text(certificate.text(step.timeline.step_s)))
-    rows = [*others, Tried(STRATEGY.value, step, lacks_memory(step))]
+    rows = [*others, Tried(STRATEGY.value, step, why_it_does_not_fit(step))]
     console.print()
     console.print(table_of(rows, certificate))
     if PLAN_OUTPUT.value is not None:
@@ -148,21 +143,7 @@ def attempt(strategy: str, costs: Costs, cluster: Cluster) -> Tried:
     except ValueError as error:
         return Tried(strategy, None, str(error))
     step = predicted(plan, costs, cluster)
-    return Tried(strategy, step, lacks_memory(step))
-
-
-def predicted(plan: Any, costs: Costs, cluster: Cluster) -> PredictedStep:
-    """Returns a plan with its step."""
-    return PredictedStep(plan, simulate(plan, costs, cluster, blocking=True), cluster)
-
-
-def lacks_memory(step: PredictedStep) -> str:
-    """Returns which device lacks memory; nothing if none does."""
-    try:
-        check_memory(step.timeline, step.cluster)
-    except ValueError as error:
-        return str(error)
-    return ""
+    return Tried(strategy, step, why_it_does_not_fit(step))
 
 
 def table_of(rows: Iterable[Tried], certificate: Certificate) -> Table:

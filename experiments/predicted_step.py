@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxptis.cluster import Cluster, DeviceSpec
-from jaxptis.performance import Timeline
+from jaxptis.performance import Costs, Timeline, check_memory, simulate
 from jaxptis.performance.memory import MemoryCurve
 from jaxptis.pictures.bottleneck import find_bottleneck, say_memory
 from jaxptis.pictures.facts import DeviceFacts, device_facts
@@ -25,6 +25,20 @@ class PredictedStep:
     plan: Plan
     timeline: Timeline
     cluster: Cluster
+
+
+def predicted(plan: Plan, costs: Costs, cluster: Cluster) -> PredictedStep:
+    """Returns a plan with its step as the executor runs it, where transfers block both ends."""
+    return PredictedStep(plan, simulate(plan, costs, cluster, blocking=True), cluster)
+
+
+def why_it_does_not_fit(step: PredictedStep) -> str | None:
+    """Returns what a device lacks of memory, and what to change; None if all have enough."""
+    try:
+        check_memory(step.timeline, step.cluster)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def report(step: PredictedStep, console: Console) -> None:

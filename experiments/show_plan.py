@@ -25,16 +25,22 @@ from experiments.chosen_layers import (
     layers_settings,
     layers_title,
 )
-from experiments.predicted_step import PredictedStep, report, to_json
+from experiments.predicted_step import (
+    PredictedStep,
+    predicted,
+    report,
+    to_json,
+    why_it_does_not_fit,
+)
 from experiments.refused import refused_plainly
+from experiments.step_outputs import HTML_OUTPUT, JSON_OUTPUT, STEP_OUTPUTS
 from experiments.wide_console import wide_console
 from jaxptis.cluster import DeviceSpec
 from jaxptis.make_plan import make_plan
-from jaxptis.performance import Costs, simulate
-from jaxptis.performance.check_memory import check_memory
+from jaxptis.performance import Costs
 from jaxptis.pictures.bottleneck import find_bottleneck
 
-for flag in (COSTS, *OF_MODEL, *OF_CLUSTER):
+for flag in (COSTS, *OF_MODEL, *OF_CLUSTER, *STEP_OUTPUTS):
     flags.declare_key_flag(flag.name)  # which --help lists
 STRATEGY = flags.DEFINE_string(
     "strategy",
@@ -42,8 +48,6 @@ STRATEGY = flags.DEFINE_string(
     "A schedule such as 1f1b or zb-v, best to search for one, or the path of a plan file; without "
     "one only the layers are shown.",
 )
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for all figures.")
-HTML_OUTPUT = flags.DEFINE_string("html_output", None, "File for a page that shows the step.")
 
 Json = dict[str, Any]
 
@@ -58,17 +62,6 @@ FOR_A_PLAN = (*OF_STEP, DEVICE, OPTIMIZER, HTML_OUTPUT)
 )
 def _has_plan(values: Json) -> bool:
     return values["strategy"] is not None or not any(flag.present for flag in FOR_A_PLAN)
-
-
-@flags.validator("json_output", "its folder does not exist; create it first")
-@flags.validator("html_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
-
-
-@flags.validator("html_output", "it is a page for a browser; let it end in .html")
-def _is_page(path: str | None) -> bool:
-    return path is None or path.endswith(".html")
 
 
 def main(argv: list[str]) -> None:
@@ -98,18 +91,9 @@ def predict(costs: Costs, strategy: str, device: DeviceSpec) -> PredictedStep:
     with refused_plainly():
         cluster = chosen_cluster(device)
         plan = make_plan(costs, strategy, cluster=cluster, num_microbatches=NUM_MICROBATCHES.value)
-        step = PredictedStep(plan, simulate(plan, costs, cluster, blocking=True), cluster)
+        step = predicted(plan, costs, cluster)
         find_bottleneck(step.timeline, plan)  # refuses a step that takes no time
     return step
-
-
-def why_it_does_not_fit(step: PredictedStep) -> str | None:
-    """Returns what a device lacks of memory, and what to change; None if all have enough."""
-    try:
-        check_memory(step.timeline, step.cluster)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def settings() -> Json:
