@@ -63,7 +63,7 @@ def anneal(
     np.random.seed(seed)
     no_order = np.empty((0, 3), np.int64)
     P, M = len(problem.speed), problem.num_microbatches
-    crowded = problem.memory[0] < np.inf
+    crowded = np.min(problem.memory) < np.inf
     ends_s = np.empty(P)
     now, rule = start.layers.copy(), start.rule
     now_s, _ = step_s_of(problem, start, np.inf, no_order)
@@ -101,7 +101,7 @@ def anneal(
 def _move(layers: np.ndarray, num_devices: int, num_microbatches: int, crowded: bool) -> None:
     """Change one thing of a candidate."""
     L = len(layers)
-    kind = np.random.randint(0, 10)
+    kind = np.random.randint(0, 14 if crowded else 10)
     layer = np.random.randint(0, L)
     a, b = _stage_around(layers, layer)
     if kind < 4:  # a boundary moves: some layers go to the stage before or after
@@ -124,7 +124,7 @@ def _move(layers: np.ndarray, num_devices: int, num_microbatches: int, crowded: 
     else:
         draw = np.random.random()
         if draw < 0.4:
-            layers[a, WINDOW] = _other_window(layers[a, WINDOW], num_microbatches)
+            layers[a:b, WINDOW] = _other_window(layers[a, WINDOW], num_microbatches)
         elif draw < 0.7:
             layers[a:b, WHOLE] = 1 - layers[a, WHOLE]
         elif crowded:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxptis.optimizer.anneal import step_s_of
-from jaxptis.optimizer.candidate import HOME, WINDOW, Candidate, least_s
+from jaxptis.optimizer.candidate import HOME, WHOLE, WINDOW, Candidate, least_s
 from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.list_kernel import Rule
 from jaxptis.optimizer.problem import B, F, Problem
@@ -42,8 +42,12 @@ def sample(
     layers = np.zeros((L, 4), np.int64)
     layers[:, WINDOW] = M
     ends_s = np.empty(len(problem.speed))
+    crowded = np.min(problem.memory) < np.inf
     for _ in range(num):
         _draw(layers, work_s, problem.speed, max_stages)
+        if crowded:
+            layers[:, WHOLE] = np.random.randint(0, 2)
+            _draw_windows(layers, M, len(problem.speed))
         rule = Rule(
             np.random.random() < 0.6,
             np.random.randint(0, 3),
@@ -90,3 +94,18 @@ def _draw(layers: np.ndarray, work_s: np.ndarray, speed: np.ndarray, max_stages:
         while s < num_stages - 1 and work_s[layer] + work_s[layer + 1] > 2 * ends_s[s]:
             s += 1
         layers[layer, HOME] = home[s]
+
+
+@compiled
+def _draw_windows(layers: np.ndarray, num_microbatches: int, num_devices: int) -> None:
+    """Let all stages have any number of microbatches, or one number, or the fewer the later."""
+    L = len(layers)
+    kind = np.random.randint(0, 3)
+    if kind == 0:
+        layers[:, WINDOW] = num_microbatches
+    elif kind == 1:
+        layers[:, WINDOW] = np.random.randint(1, num_microbatches + 1)
+    else:  # of 1F1B's, up to twice as many: each device is a stage further from the last
+        last, slope = 1 + 3 * np.random.random(), 2 * num_devices * np.random.random()
+        for layer in range(L):
+            layers[layer, WINDOW] = min(num_microbatches, int(last + slope * (1 - layer / L)))

@@ -16,7 +16,7 @@ TASKS_PER_S = 10_000_000
 finds does not depend on the machine."""
 
 _DRAWN = 0.1  # of the search
-_ROUNDS = (16, 0.004), (5, 0.004), (2, 0.003), (2, 0.002)
+_ROUNDS = (16, 0.002), (8, 0.001), (4, 0.001), (4, 0.0005), (2, 0.0005)
 """Of equal length: how many candidates are changed, and how hot."""
 STAGES_PER_DEVICE = 12
 
