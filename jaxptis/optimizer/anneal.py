@@ -5,11 +5,13 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxptis.optimizer.candidate import (
+    CUT,
     HOME,
     RECOMPUTE,
     WHOLE,
     WINDOW,
     Candidate,
+    begins_stage,
     count_stages,
     least_s,
     make_stages,
@@ -108,9 +110,9 @@ def _move(layers: np.ndarray, num_devices: int, num_microbatches: int, crowded: 
         n = 1 + min(np.random.randint(0, 3), np.random.randint(0, 3))
         if np.random.random() < 0.5:
             if a:
-                layers[a : min(a + n, b), HOME] = layers[a - 1, HOME]
+                _give_back(layers, a, min(a + n, b), b)
         elif b < L:
-            layers[max(b - n, a) : b, HOME] = layers[b, HOME]
+            _take(layers, a, max(b - n, a), b)
     elif kind < 6:  # a stage goes to another device
         layers[a:b, HOME] = np.random.randint(0, num_devices)
     elif kind < 8:  # two stages change places
@@ -123,12 +125,32 @@ def _move(layers: np.ndarray, num_devices: int, num_microbatches: int, crowded: 
         layers[layer : min(layer + n, b), HOME] = np.random.randint(0, num_devices)
     else:
         draw = np.random.random()
-        if draw < 0.4:
+        if draw < 0.1:
+            layers[layer, CUT] = 1 - layers[layer, CUT]
+        elif draw < 0.4:
             layers[a:b, WINDOW] = _other_window(layers[a, WINDOW], num_microbatches)
         elif draw < 0.7:
             layers[a:b, WHOLE] = 1 - layers[a, WHOLE]
         elif crowded:
             layers[a:b, RECOMPUTE] = 1 - layers[a, RECOMPUTE]
+
+
+@compiled
+def _give_back(layers: np.ndarray, a: int, e: int, b: int) -> None:
+    """Let layers a to e of the stage from a to b be the last of the stage before."""
+    layers[a:e, HOME] = layers[a - 1, HOME]
+    if e < b:
+        layers[e, CUT] = layers[a, CUT]
+    layers[a, CUT] = 0
+
+
+@compiled
+def _take(layers: np.ndarray, a: int, e: int, b: int) -> None:
+    """Let layers e to b of the stage from a to b be the first of the next."""
+    layers[e:b, HOME] = layers[b, HOME]
+    if e > a:
+        layers[e, CUT] = layers[b, CUT]
+    layers[b, CUT] = 0
 
 
 @compiled
@@ -156,10 +178,9 @@ def _other_rule(rule: Rule) -> Rule:
 @compiled
 def _stage_around(layers: np.ndarray, layer: int) -> tuple[int, int]:
     """Return where the stage of a layer begins and ends."""
-    home = layers[layer, HOME]
     a, b = layer, layer + 1
-    while a > 0 and layers[a - 1, HOME] == home:
+    while not begins_stage(layers, a):
         a -= 1
-    while b < len(layers) and layers[b, HOME] == home:
+    while b < len(layers) and not begins_stage(layers, b):
         b += 1
     return a, b

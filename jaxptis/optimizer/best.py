@@ -9,7 +9,7 @@ import numpy as np
 from jaxptis.cluster import Cluster
 from jaxptis.optimizer.anneal import step_s_of
 from jaxptis.optimizer.balance import check_fills_devices
-from jaxptis.optimizer.candidate import HOME, RECOMPUTE, Candidate
+from jaxptis.optimizer.candidate import HOME, RECOMPUTE, Candidate, begins_stage
 from jaxptis.optimizer.least_memory import check_possible
 from jaxptis.optimizer.problem import Problem
 from jaxptis.optimizer.search import search
@@ -71,14 +71,14 @@ def to_plan(problem: Problem, candidate: Candidate, names: Sequence[str]) -> Pla
     layers = candidate.layers
     order = np.empty((3 * problem.num_microbatches * len(layers), 3), np.int64)
     _, num_tasks = step_s_of(problem, candidate, np.inf, order)
-    starts = [0, *(np.flatnonzero(np.diff(layers[:, HOME])) + 1).tolist(), len(layers)]
+    starts = [layer for layer in range(len(layers)) if begins_stage(layers, layer)]
     stages = tuple(
         StagePlan(
             layers=tuple(names[a:b]),
             device=int(layers[a, HOME]),
             recompute="all" if layers[a, RECOMPUTE] else "cheap",
         )
-        for a, b in pairwise(starts)
+        for a, b in pairwise([*starts, len(layers)])
     )
     rows: list[list[Task]] = [[] for _ in range(problem.num_devices)]
     for stage, kind, microbatch in order[:num_tasks].tolist():

@@ -1,6 +1,7 @@
 """A candidate plan as one row of numbers a layer, so that any change of it is a candidate, too.
 
-Layers in a row on one device are a stage. What a stage is told, its first layer says.
+Layers in a row on one device are a stage, or several if it is cut. What a stage is told, its first
+layer says.
 """
 
 from typing import NamedTuple
@@ -11,17 +12,18 @@ from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.list_kernel import Rule, Stages
 from jaxptis.optimizer.problem import AGAIN, KEPT, LASTING, SAVED, B, F, I, Problem, W
 
-HOME, WINDOW, WHOLE, RECOMPUTE = range(4)
-"""Columns of a candidate: the device of a layer; of a stage that begins with it, the most
-microbatches between forward and backward, whether backwards are whole, and whether all is
-recomputed."""
+HOME, CUT, WINDOW, WHOLE, RECOMPUTE = range(5)
+"""Columns of a candidate: the device of a layer, and whether a stage begins with it though the one
+before is on the same device; of a stage that begins with it, the most microbatches between forward
+and backward, whether backwards are whole, and whether all is recomputed."""
+NUM_COLUMNS = 5
 
 
 class Candidate(NamedTuple):
     """What the search changes.
 
     Attributes:
-        layers: [L, 4] whole numbers, see above.
+        layers: [L, NUM_COLUMNS] whole numbers, see above.
         rule: of its list schedule.
     """
 
@@ -30,11 +32,19 @@ class Candidate(NamedTuple):
 
 
 @compiled
+def begins_stage(layers: np.ndarray, layer: int) -> bool:
+    """Whether a layer is the first of its stage."""
+    if layer == 0 or layers[layer, CUT] == 1:
+        return True
+    return layers[layer, HOME] != layers[layer - 1, HOME]
+
+
+@compiled
 def count_stages(layers: np.ndarray) -> int:
     """Return the number of stages of a candidate."""
-    num_stages = 1
-    for layer in range(1, len(layers)):
-        num_stages += layers[layer, HOME] != layers[layer - 1, HOME]
+    num_stages = 0
+    for layer in range(len(layers)):
+        num_stages += begins_stage(layers, layer)
     return num_stages
 
 
@@ -53,7 +63,7 @@ def least_s(problem: Problem, layers: np.ndarray, end_s: np.ndarray) -> float:
     a = 0
     for b in range(1, num_layers + 1):
         d = layers[a, HOME]
-        if b < num_layers and layers[b, HOME] == d:
+        if b < num_layers and not begins_stage(layers, b):
             continue
         forward_s = problem.start_s + problem.seconds[b, F] - problem.seconds[a, F]
         if layers[a, WHOLE] == 1 or (a == 0 and not problem.trains_first):
@@ -72,8 +82,6 @@ def least_s(problem: Problem, layers: np.ndarray, end_s: np.ndarray) -> float:
             before_s += problem.latency_s[d, other]
             before_s += problem.input_bytes[b] * problem.byte_s[d, other]
         a = b
-    if np.min(end_s) == 0.0:
-        return np.inf
     return np.max(end_s)
 
 
@@ -85,7 +93,7 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
     first = np.empty(num_stages + 1, np.int64)
     s = 0
     for layer in range(num_layers):
-        if layer == 0 or layers[layer, HOME] != layers[layer - 1, HOME]:
+        if begins_stage(layers, layer):
             first[s] = layer
             s += 1
     first[num_stages] = num_layers

@@ -91,8 +91,6 @@ def list_step_s(
     for s in range(num_stages):
         begin[stages.home[s] + 1] += 1
     for d in range(num_devices):
-        if begin[d + 1] == 0:  # every device has a stage
-            return np.inf, 0
         begin[d + 1] += begin[d]
     at = np.empty(num_stages, np.int64)
     stage_at = np.empty(num_stages, np.int64)

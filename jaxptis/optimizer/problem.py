@@ -32,7 +32,7 @@ class Problem(NamedTuple):
         start_s: seconds that every task takes beside its layers.
         speed: [P] of devices; 0.5 takes twice as long.
         memory: [P] bytes; infinite if nothing limits them.
-        latency_s: [P, P] of links, by source and target.
+        latency_s: [P, P] of links, by source and target; none within a device.
         byte_s: [P, P] seconds that a byte takes.
         num_microbatches: of the step.
         trains_first: whether the first layer makes an input gradient.
@@ -59,6 +59,7 @@ class Problem(NamedTuple):
         """
         devices = range(len(cluster.devices))
         links = [[cluster.link_between(source, target) for target in devices] for source in devices]
+        between = 1 - np.eye(len(cluster.devices))
         lasting = {layer.name: _lasting(layer) for layer in costs.layers}
         for tied in costs.tied:
             for name in tied.layers:
@@ -77,8 +78,8 @@ class Problem(NamedTuple):
             start_s=costs.start_s,
             speed=np.array([device.speed for device in cluster.devices]),
             memory=np.array([float(x.memory_bytes or np.inf) for x in cluster.devices]),
-            latency_s=np.array([[link.latency_s for link in row] for row in links]),
-            byte_s=np.array([[1 / link.bytes_per_s for link in row] for row in links]),
+            latency_s=between * np.array([[link.latency_s for link in row] for row in links]),
+            byte_s=between * np.array([[1 / link.bytes_per_s for link in row] for row in links]),
             num_microbatches=num_microbatches,
             trains_first=costs.makes_input_grad(range(1)),
         )

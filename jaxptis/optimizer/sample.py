@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxptis.optimizer.anneal import step_s_of
-from jaxptis.optimizer.candidate import HOME, WHOLE, WINDOW, Candidate, least_s
+from jaxptis.optimizer.candidate import CUT, HOME, NUM_COLUMNS, WHOLE, WINDOW, Candidate, least_s
 from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.list_kernel import Rule
 from jaxptis.optimizer.problem import B, F, Problem
@@ -29,22 +29,23 @@ def sample(
         seed: of what is drawn.
 
     Returns:
-        [num_kept, L, 4] layers, [num_kept, 4] rules, and [num_kept] seconds, infinite where fewer
+        [num_kept, L, NUM_COLUMNS] layers, [num_kept, 4] rules, and [num_kept] seconds, infinite where fewer
         were found.
     """
     np.random.seed(seed)
     L, M = len(problem.input_bytes), problem.num_microbatches
     no_order = np.empty((0, 3), np.int64)
     work_s = problem.seconds[:, F] + problem.seconds[:, B]
-    kept = np.zeros((num_kept, L, 4), np.int64)
+    kept = np.zeros((num_kept, L, NUM_COLUMNS), np.int64)
     rules = np.zeros((num_kept, 4))
     steps_s = np.full(num_kept, np.inf)
-    layers = np.zeros((L, 4), np.int64)
+    layers = np.zeros((L, NUM_COLUMNS), np.int64)
     layers[:, WINDOW] = M
     ends_s = np.empty(len(problem.speed))
     crowded = np.min(problem.memory) < np.inf
     for _ in range(num):
         _draw(layers, work_s, problem.speed, max_stages)
+        layers[:, CUT] = L <= max_stages and np.random.random() < 0.1
         if crowded:
             layers[:, WHOLE] = np.random.randint(0, 2)
             _draw_windows(layers, M, len(problem.speed))

@@ -8,7 +8,16 @@ import pytest
 from jaxptis.cluster import Cluster
 from jaxptis.optimizer.anneal import step_s_of
 from jaxptis.optimizer.best import to_plan
-from jaxptis.optimizer.candidate import Candidate, least_s
+from jaxptis.optimizer.candidate import (
+    CUT,
+    HOME,
+    NUM_COLUMNS,
+    RECOMPUTE,
+    WHOLE,
+    WINDOW,
+    Candidate,
+    least_s,
+)
 from jaxptis.optimizer.list_kernel import Rule
 from jaxptis.optimizer.problem import Problem
 from jaxptis.performance import Costs, LayerCost, simulate
@@ -42,11 +51,11 @@ def _case(seed: int, *, memory_bytes: int | None = None) -> tuple[Costs, Cluster
         for _ in range(num_devices)
     )
     num_microbatches = random.randint(1, 5)
-    homes = list(range(num_devices)) + random.choices(range(num_devices), k=num_layers)
-    layers = np.zeros((num_layers, 4), np.int64)
-    layers[:, 0] = random.sample(homes[:num_layers], num_layers)
-    layers[:, 1] = random.choices(range(1, num_microbatches + 1), k=num_layers)
-    layers[:, 2:] = np.reshape(random.choices([0, 1], k=2 * num_layers), (-1, 2))
+    layers = np.zeros((num_layers, NUM_COLUMNS), np.int64)
+    layers[:, HOME] = random.choices(range(num_devices), k=num_layers)
+    layers[:, WINDOW] = random.choices(range(1, num_microbatches + 1), k=num_layers)
+    for column in CUT, WHOLE, RECOMPUTE:
+        layers[:, column] = random.choices([0, 1], k=num_layers)
     rule = Rule(random.random() < 0.5, random.randint(0, 2), random.randint(0, 2), 0.0)
     return costs, Cluster(tuple(devices)), Candidate(layers, rule), num_microbatches
 
