@@ -30,10 +30,12 @@ class Limits(NamedTuple):
     Attributes:
         max_stages: of a plan.
         num_tasks: to simulate; a search that is given as many finds the same again.
+        enough_s: a step as short as this is not made shorter.
     """
 
     max_stages: int
     num_tasks: int
+    enough_s: float
 
 
 @compiled
@@ -72,7 +74,7 @@ def anneal(
     best, best_rule, best_s = now.copy(), rule, now_s
     changed = now.copy()
     simulated = 0
-    while simulated < limits.num_tasks:
+    while simulated < limits.num_tasks and best_s > limits.enough_s:
         temperature = heat * _COLD ** (simulated / limits.num_tasks)
         changed[:] = now
         new_rule = rule

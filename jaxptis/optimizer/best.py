@@ -1,6 +1,6 @@
 """The best plan that a search finds, by the performance model, and never a worse one than given."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import inf
 
@@ -10,7 +10,7 @@ from jaxptis.cluster import Cluster
 from jaxptis.optimizer.anneal import step_s_of
 from jaxptis.optimizer.balance import check_fills_devices
 from jaxptis.optimizer.candidate import HOME, RECOMPUTE, Candidate, begins_stage
-from jaxptis.optimizer.least_memory import check_possible
+from jaxptis.optimizer.certificate import certify
 from jaxptis.optimizer.problem import Problem
 from jaxptis.optimizer.search import search
 from jaxptis.performance import Costs, simulate
@@ -29,7 +29,9 @@ def best_plan(
     *,
     others: Iterable[Plan] = (),
     time_limit_s: float = 10.0,
+    tolerance: float = 1e-3,
     seed: int = 0,
+    on_progress: Callable[[float, float], None] | None = None,
 ) -> Plan:
     """Search partition, placement, schedule, split backwards and recomputation together.
 
@@ -39,8 +41,11 @@ def best_plan(
         num_microbatches: of a step.
         others: plans for the same; what is returned is no worse than any that fits the memory.
         time_limit_s: how long to search, on about two cores. It stands for an amount of work: the
-            same limit and seed find the same plan on a slower machine.
+            same limit and seed find the same plan on a slower machine. Small models take less.
+        tolerance: the search ends when the gap to the certificate's bound is no larger; a fraction.
         seed: of what is drawn.
+        on_progress: is told now and then which fraction of the search is done, and the shortest
+            step so far, in seconds.
 
     Raises:
         ValueError: there are fewer layers than devices, no plan can fit the memory (says what
@@ -48,15 +53,24 @@ def best_plan(
     """
     num_layers, num_devices = len(costs.layers), len(cluster.devices)
     check_fills_devices(num_layers, num_devices)
-    check_possible(costs, cluster)
+    enough_s = certify(costs, cluster, num_microbatches).bound_s * (1 + tolerance)
     names = [layer.name for layer in costs.layers]
     problem = Problem.of(costs, cluster, num_microbatches)
     found: list[Plan] = list(others)
+    steps_s = [_step_s(plan, costs, cluster) for plan in found]
     for tighter in (1.0, _TIGHTER, _TIGHTER**4):
-        now = problem._replace(memory=problem.memory * tighter)
-        finalists = search(now, time_limit_s=time_limit_s, seed=seed)[:_FINALISTS]
-        found += [to_plan(now, each.candidate, names) for each in finalists]
-        steps_s = [_step_s(plan, costs, cluster) for plan in found]
+        if min(steps_s, default=inf) > enough_s:
+            now = problem._replace(memory=problem.memory * tighter)
+            finalists = search(
+                now,
+                time_limit_s=time_limit_s,
+                seed=seed,
+                enough_s=enough_s,
+                on_progress=on_progress,
+            )[:_FINALISTS]
+            new = [to_plan(now, each.candidate, names) for each in finalists]
+            steps_s += [_step_s(plan, costs, cluster) for plan in new]
+            found += new
         shortest = min(range(len(found)), key=steps_s.__getitem__, default=0)
         if found and steps_s[shortest] < inf:
             return found[shortest]

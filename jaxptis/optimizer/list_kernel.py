@@ -64,6 +64,31 @@ class Stages(NamedTuple):
 
 
 @compiled
+def _first_time(
+    d: int, now_s: float, stages: Stages, on: np.ndarray, count: np.ndarray, state: tuple
+) -> float:
+    """Return when device d can start something: never earlier than it is free."""
+    done, arrival_s, held, memory, num_microbatches = state
+    first_s = np.inf
+    for k in range(count[d]):
+        s = on[d, k]
+        if done[s, W] < done[s, I]:
+            return now_s
+        m = done[s, B]
+        if m < num_microbatches and arrival_s[s, 1, m] < first_s:
+            first_s = arrival_s[s, 1, m]
+        m = done[s, F]
+        if (
+            m < num_microbatches
+            and arrival_s[s, 0, m] < first_s
+            and m - done[s, B] < stages.window[s]
+            and held[d] + stages.room[s] + stages.later[s] <= memory[d]
+        ):
+            first_s = arrival_s[s, 0, m]
+    return max(first_s, now_s)
+
+
+@compiled
 def list_step_s(
     stages: Stages,
     memory: np.ndarray,
@@ -85,177 +110,114 @@ def list_step_s(
         order: [N, 3] filled with stage, kind and microbatch of all tasks, in the order in which
             they start, if it has room for them.
     """
-    num_stages, num_devices, M = len(stages.home), len(memory), num_microbatches
-    # Stages are numbered anew, so that those of a device stand together: begin[d] to begin[d + 1].
-    begin = np.zeros(num_devices + 1, np.int64)
-    for s in range(num_stages):
-        begin[stages.home[s] + 1] += 1
-    for d in range(num_devices):
-        begin[d + 1] += begin[d]
-    at = np.empty(num_stages, np.int64)
-    stage_at = np.empty(num_stages, np.int64)
-    filled = begin[:-1].copy()
-    for s in range(num_stages):
-        d = stages.home[s]
-        at[s] = filled[d]
-        stage_at[filled[d]] = s
-        filled[d] += 1
+    home, seconds = stages.home, stages.seconds
+    num_stages, num_devices, M = len(home), len(memory), num_microbatches
+    on = np.empty((num_devices, num_stages), np.int64)
+    count = np.zeros(num_devices, np.int64)
     left_s = np.zeros(num_devices)
     num_left = 0
     for s in range(num_stages):
-        seconds = stages.seconds[s]
+        d = home[s]
+        on[d, count[d]] = s
+        count[d] += 1
         if stages.whole[s]:
-            left_s[stages.home[s]] += M * (seconds[F] + seconds[B])
+            left_s[d] += M * (seconds[s, F] + seconds[s, B])
             num_left += 2 * M
         else:
-            left_s[stages.home[s]] += M * (seconds[F] + seconds[I] + seconds[W])
+            left_s[d] += M * (seconds[s, F] + seconds[s, I] + seconds[s, W])
             num_left += 3 * M
     for d in range(num_devices):
         if left_s[d] > limit_s:
             return np.inf, 0
-    records = len(order) >= num_left
-    slack_s = limit_s * (1 + 1e-12)
-    # By place: how many have arrived, are done, and when the next can start by arrival and window.
-    arrival_s = np.empty((num_stages, 2, M))
-    arrived = np.zeros((num_stages, 2), np.int64)
-    done = np.zeros((num_stages, 2), np.int64)
-    ready_s = np.full((num_stages, 2), np.inf)
-    num_weights = np.zeros(num_stages, np.int64)  # whose input gradient is done
-    waiting = np.zeros(num_devices, np.int64)  # weight gradients of a device
-    first_weight = np.zeros(num_stages, np.int64)
+    done = np.zeros((num_stages, 4), np.int64)  # B counts backwards, whole or split
+    arrival_s = np.full((num_stages, 2, M), np.inf)
+    arrival_s[0, 0, :] = 0.0
     held = np.zeros(num_devices)
     free_s = np.zeros(num_devices)
-    next_s = np.full(num_devices, np.inf)
+    next_s = np.zeros(num_devices)
     was_backward = np.zeros(num_devices, np.bool_)
-    limited = np.zeros(num_devices, np.bool_)
+    state = (done, arrival_s, held, memory, M)
     for d in range(num_devices):
-        limited[d] = memory[d] < np.inf
-    q = at[0]
-    arrival_s[q, 0, :] = 0.0
-    arrived[q, 0] = M
-    ready_s[q, 0] = 0.0
-    next_s[stages.home[0]] = 0.0
+        next_s[d] = _first_time(d, 0.0, stages, on, count, state)
+    records = len(order) >= num_left
+    forward_order, backward_order = rule.forward_order, rule.backward_order
     position = 0
     while num_left:
         d = 0
-        now_s = next_s[0]
         for other in range(1, num_devices):
-            if next_s[other] < now_s:
-                d, now_s = other, next_s[other]
-        if now_s + left_s[d] > slack_s or now_s == np.inf:
+            if next_s[other] < next_s[d]:
+                d = other
+        now_s = next_s[d]
+        if now_s + left_s[d] > limit_s * (1 + 1e-12) or now_s == np.inf:
             return np.inf, position
         # What could start now, and what goes first of it.
         forward, backward, weight = -1, -1, -1
         crowded = False  # a forward waits for memory
         soon_s = np.inf
-        for q in range(begin[d], begin[d + 1]):
-            at_s = ready_s[q, 1]
-            if at_s <= now_s:
-                if backward < 0 or _goes_first(done[q, 1], done[backward, 1], rule.backward_order):
-                    backward = q
-            elif at_s < soon_s:
-                soon_s = at_s
-            at_s = ready_s[q, 0]
-            if at_s < np.inf:
-                s = stage_at[q]
-                if limited[d] and held[d] + stages.room[s] + stages.later[s] > memory[d]:
-                    crowded = crowded or at_s <= now_s
-                elif at_s <= now_s:
-                    if forward < 0 or _goes_first(done[q, 0], done[forward, 0], rule.forward_order):
-                        forward = q
-                elif at_s < soon_s:
-                    soon_s = at_s
+        for k in range(count[d]):
+            s = on[d, k]
+            if weight < 0 and done[s, W] < done[s, I]:
+                weight = s
+            m = done[s, B]
+            if m < M and arrival_s[s, 1, m] <= now_s:
+                if backward < 0 or _goes_first(s, m, backward, done[backward, B], backward_order):
+                    backward = s
+            elif m < M:
+                soon_s = min(soon_s, arrival_s[s, 1, m])
+            m = done[s, F]
+            if m < M and m - done[s, B] < stages.window[s]:
+                if held[d] + stages.room[s] + stages.later[s] > memory[d]:
+                    crowded = crowded or arrival_s[s, 0, m] <= now_s
+                elif arrival_s[s, 0, m] <= now_s:
+                    if forward < 0 or _goes_first(s, m, forward, done[forward, F], forward_order):
+                        forward = s
+                else:
+                    soon_s = min(soon_s, arrival_s[s, 0, m])
         turn = was_backward[d] and rule.alternate
         if forward >= 0 and (turn or backward < 0):
-            q, kind = forward, F
-            s = stage_at[q]
-            m = done[q, 0]
-        elif waiting[d] > 0 and (backward < 0 or (turn and crowded)):
-            q, kind = begin[d], W
-            while num_weights[q] == 0:
-                q += 1
-            s = stage_at[q]
-            if not crowded and soon_s - now_s < rule.patience * stages.seconds[s, W]:
+            s, kind = forward, F
+        elif weight >= 0 and (backward < 0 or (turn and crowded)):
+            s, kind = weight, W
+            if soon_s - now_s < rule.patience * seconds[s, W] and not crowded:
                 next_s[d] = soon_s
                 continue
-            m = done[q, 1] - num_weights[q]
         else:
-            q = backward
-            s = stage_at[q]
-            kind = B if stages.whole[s] else I
-            m = done[q, 1]
+            s, kind = backward, B if stages.whole[backward] else I
+        m = done[s, kind] if kind != I else done[s, B]
         if records:
             order[position, 0], order[position, 1], order[position, 2] = s, kind, m
         position += 1
         num_left -= 1
-        end_s = now_s + stages.seconds[s, kind]
+        end_s = now_s + seconds[s, kind]
         free_s[d] = end_s
-        left_s[d] -= stages.seconds[s, kind]
-        if kind == W:
-            num_weights[q] -= 1
-            waiting[d] -= 1
+        left_s[d] -= seconds[s, kind]
+        other = -1
+        if kind == F:
+            done[s, F] += 1
+            held[d] += stages.room[s]
+            was_backward[d] = False
+            if s + 1 < num_stages:
+                other = home[s + 1]
+                arrival_s[s + 1, 0, m] = end_s + stages.lag_s[s, 0]
+            else:
+                arrival_s[s, 1, m] = end_s
+        elif kind == W:
+            done[s, W] += 1
             held[d] -= stages.kept[s]
         else:
-            if kind == F:
-                done[q, 0] += 1
-                held[d] += stages.room[s]
-                was_backward[d] = False
-                if s + 1 < num_stages:
-                    to, side, to_device = at[s + 1], 0, stages.home[s + 1]
-                else:
-                    to, side, to_device = q, 1, d
-                comes_s = end_s + stages.lag_s[s, 0]
+            done[s, B] += 1
+            was_backward[d] = True
+            if kind == I:
+                done[s, I] += 1
+                held[d] -= stages.room[s] - stages.kept[s]
             else:
-                done[q, 1] += 1
-                was_backward[d] = True
-                if kind == I:
-                    num_weights[q] += 1
-                    waiting[d] += 1
-                    held[d] -= stages.room[s] - stages.kept[s]
-                else:
-                    held[d] -= stages.room[s]
-                m_next = done[q, 1]
-                ready_s[q, 1] = arrival_s[q, 1, m_next] if m_next < arrived[q, 1] else np.inf
-                side = -1
-                if s:
-                    to, side, to_device = at[s - 1], 1, stages.home[s - 1]
-                    comes_s = end_s + stages.lag_s[s, 1]
-            # The window may have opened, or closed.
-            m_next = done[q, 0]
-            if m_next < arrived[q, 0] and m_next - done[q, 1] < stages.window[s]:
-                ready_s[q, 0] = arrival_s[q, 0, m_next]
-            else:
-                ready_s[q, 0] = np.inf
-            if side >= 0:
-                number = arrived[to, side]
-                arrival_s[to, side, number] = comes_s
-                arrived[to, side] = number + 1
-                if number == done[to, side] and (
-                    side == 1 or number - done[to, 1] < stages.window[stage_at[to]]
-                ):
-                    ready_s[to, side] = comes_s
-                    if to_device != d:
-                        fits = True
-                        if side == 0 and limited[to_device]:
-                            k = stage_at[to]
-                            room = stages.room[k] + stages.later[k]
-                            fits = held[to_device] + room <= memory[to_device]
-                        if fits:
-                            start_s = max(comes_s, free_s[to_device])
-                            next_s[to_device] = min(next_s[to_device], start_s)
-        # When this device can start something again.
-        if waiting[d] > 0:
-            next_s[d] = end_s
-        else:
-            first_s = np.inf
-            for q in range(begin[d], begin[d + 1]):
-                first_s = min(first_s, ready_s[q, 1])
-                if ready_s[q, 0] < first_s:
-                    s = stage_at[q]
-                    if limited[d] and held[d] + stages.room[s] + stages.later[s] > memory[d]:
-                        continue
-                    first_s = ready_s[q, 0]
-            next_s[d] = max(first_s, end_s)
+                held[d] -= stages.room[s]
+            if s:
+                other = home[s - 1]
+                arrival_s[s - 1, 1, m] = end_s + stages.lag_s[s, 1]
+        next_s[d] = _first_time(d, end_s, stages, on, count, state)
+        if other >= 0 and other != d:
+            next_s[other] = _first_time(other, free_s[other], stages, on, count, state)
     step_s = 0.0
     for d in range(num_devices):
         step_s = max(step_s, free_s[d])
@@ -263,8 +225,8 @@ def list_step_s(
 
 
 @compiled
-def _goes_first(m: int, other_m: int, order: int) -> bool:
-    """Whether a stage with microbatch m goes before an earlier stage of the device with another."""
+def _goes_first(s: int, m: int, other: int, other_m: int, order: int) -> bool:
+    """Whether stage s with microbatch m goes before another, which stands before it."""
     if order == OLDEST:
         return m < other_m
     return order == DEEPEST

@@ -29,8 +29,8 @@ def sample(
         seed: of what is drawn.
 
     Returns:
-        [num_kept, L, NUM_COLUMNS] layers, [num_kept, 4] rules, and [num_kept] seconds, infinite where fewer
-        were found.
+        [num_kept, L, NUM_COLUMNS] layers, [num_kept, 4] rules, and [num_kept] seconds, infinite
+        where fewer were found.
     """
     np.random.seed(seed)
     L, M = len(problem.input_bytes), problem.num_microbatches
@@ -45,7 +45,7 @@ def sample(
     crowded = np.min(problem.memory) < np.inf
     for _ in range(num):
         _draw(layers, work_s, problem.speed, max_stages)
-        layers[:, CUT] = L <= max_stages and np.random.random() < 0.1
+        layers[:, CUT] = max_stages >= L and np.random.random() < 0.1
         if crowded:
             layers[:, WHOLE] = np.random.randint(0, 2)
             _draw_windows(layers, M, len(problem.speed))

@@ -1,7 +1,7 @@
 """Search for short steps: draw many candidates, then change the best of them again and again."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -11,13 +11,14 @@ from jaxptis.optimizer.list_kernel import Rule
 from jaxptis.optimizer.problem import Problem
 from jaxptis.optimizer.sample import sample
 
-TASKS_PER_S = 10_000_000
+TASKS_PER_S = 20_000_000
 """What a core simulates, roughly. A search simulates a number of tasks, not for a time: so what it
 finds does not depend on the machine."""
 
 _DRAWN = 0.1  # of the search
 _ROUNDS = (16, 0.002), (8, 0.001), (4, 0.001), (4, 0.0005), (2, 0.0005)
 """Of equal length: how many candidates are changed, and how hot."""
+_MOST_STEPS = 50_000  # with each layer a stage; what is small is found sooner
 STAGES_PER_DEVICE = 12
 
 
@@ -29,26 +30,41 @@ class Found(NamedTuple):
 
 
 def search(
-    problem: Problem, *, time_limit_s: float, seed: int, stages_per_device: int = STAGES_PER_DEVICE
+    problem: Problem,
+    *,
+    time_limit_s: float,
+    seed: int,
+    stages_per_device: int = STAGES_PER_DEVICE,
+    enough_s: float = 0.0,
+    on_progress: Callable[[float, float], None] | None = None,
 ) -> list[Found]:
     """Return the best candidates, the shortest first; none if nothing fits the memory.
 
     Args:
         problem: what to plan; as many layers as devices, or more.
-        time_limit_s: on about two cores; see `TASKS_PER_S`.
+        time_limit_s: on about two cores; see `TASKS_PER_S`. A search of few layers takes less.
         seed: the same seed finds the same.
         stages_per_device: the most of a candidate, on average.
+        enough_s: a step as short as this ends the search.
+        on_progress: is told now and then which fraction is done, and the shortest step so far.
     """
     most = min(problem.num_layers, stages_per_device * problem.num_devices)
-    num_tasks = int(time_limit_s * TASKS_PER_S)
+    num_tasks = min(
+        int(time_limit_s * TASKS_PER_S),
+        _MOST_STEPS * problem.num_layers * problem.num_devices * problem.num_microbatches,
+    )
     found = _drawn(problem, int(_DRAWN * num_tasks), most, seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, (num_kept, heat) in enumerate(_ROUNDS):
+            if on_progress and found:
+                on_progress(_DRAWN + (1 - _DRAWN) * number / len(_ROUNDS), found[0].step_s)
+            if not found or found[0].step_s <= enough_s:
+                break
             best = found[:num_kept]
-            share = int((1 - _DRAWN) * 2 * num_tasks / len(_ROUNDS) / max(1, len(best)))
+            share = int((1 - _DRAWN) * 2 * num_tasks / len(_ROUNDS) / len(best))
+            limits = Limits(most, share, enough_s)
 
-            def change(each: Found, k: int, heat: float = heat, share: int = share) -> Found:
-                limits = Limits(most, share)
+            def change(each: Found, k: int, heat: float = heat, limits: Limits = limits) -> Found:
                 candidate, step_s = anneal(problem, each.candidate, limits, heat, seed + k)
                 return Found(step_s, candidate)
 
