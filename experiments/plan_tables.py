@@ -18,6 +18,7 @@ from absl import app, flags
 from experiments.published import PublishedPlan, published_costs, published_plans
 from jaxptis.cluster import Cluster, DeviceSpec
 from jaxptis.optimizer.best import to_plan
+from jaxptis.optimizer.polish import order_of
 from jaxptis.optimizer.problem import Problem
 from jaxptis.optimizer.search import STAGES_PER_DEVICE, search
 from jaxptis.performance import simulate
@@ -103,7 +104,9 @@ def plan_row(others: Mapping[str, PublishedPlan], seed: int) -> dict[str, Any]:
         stages_per_device=STAGES.value,
     )[0]
     took_s = time.perf_counter() - began_s
-    plan = to_plan(problem, found.candidate, [layer.name for layer in costs.layers])
+    plan = to_plan(
+        problem, order_of(problem, found.candidate), [layer.name for layer in costs.layers]
+    )
     step_s = simulate(plan, costs).step_s
     return {
         "step_ms": round(step_s * 1e3, 2),

@@ -11,10 +11,10 @@ from jaxptis.optimizer.candidate import (
     WHOLE,
     WINDOW,
     Candidate,
-    begins_stage,
     count_stages,
     least_s,
     make_stages,
+    stage_around,
 )
 from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.list_kernel import Rule, list_step_s
@@ -107,7 +107,7 @@ def _move(layers: np.ndarray, num_devices: int, num_microbatches: int, crowded: 
     L = len(layers)
     kind = np.random.randint(0, 14 if crowded else 10)
     layer = np.random.randint(0, L)
-    a, b = _stage_around(layers, layer)
+    a, b = stage_around(layers, layer)
     if kind < 4:  # a boundary moves: some layers go to the stage before or after
         n = 1 + min(np.random.randint(0, 3), np.random.randint(0, 3))
         if np.random.random() < 0.5:
@@ -118,7 +118,7 @@ def _move(layers: np.ndarray, num_devices: int, num_microbatches: int, crowded: 
     elif kind < 6:  # a stage goes to another device
         layers[a:b, HOME] = np.random.randint(0, num_devices)
     elif kind < 8:  # two stages change places
-        other_a, other_b = _stage_around(layers, np.random.randint(0, L))
+        other_a, other_b = stage_around(layers, np.random.randint(0, L))
         home, other = layers[a, HOME], layers[other_a, HOME]
         layers[a:b, HOME] = other
         layers[other_a:other_b, HOME] = home
@@ -175,14 +175,3 @@ def _other_rule(rule: Rule) -> Rule:
     else:
         patience = 0.25 * np.random.randint(0, 4)
     return Rule(alternate, forward_order, backward_order, patience)
-
-
-@compiled
-def _stage_around(layers: np.ndarray, layer: int) -> tuple[int, int]:
-    """Return where the stage of a layer begins and ends."""
-    a, b = layer, layer + 1
-    while not begins_stage(layers, a):
-        a -= 1
-    while b < len(layers) and not begins_stage(layers, b):
-        b += 1
-    return a, b

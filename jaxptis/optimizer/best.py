@@ -4,13 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import inf
 
-import numpy as np
-
 from jaxptis.cluster import Cluster
-from jaxptis.optimizer.anneal import step_s_of
 from jaxptis.optimizer.balance import check_fills_devices
-from jaxptis.optimizer.candidate import HOME, RECOMPUTE, Candidate, begins_stage
+from jaxptis.optimizer.candidate import HOME, RECOMPUTE, begins_stage
 from jaxptis.optimizer.certificate import certify
+from jaxptis.optimizer.polish import Order, order_of, polished
 from jaxptis.optimizer.problem import Problem
 from jaxptis.optimizer.search import search
 from jaxptis.performance import Costs, simulate
@@ -19,6 +17,7 @@ from jaxptis.plan import Plan, StagePlan, Task
 
 _KINDS = "FBIW"
 _FINALISTS = 8  # are simulated with transfers that block; the search knows them only as delays
+_FEW_TASKS = 200  # are few enough to be changed one by one
 _TIGHTER = 0.97  # of the memory, if what was found needs more than the search knew
 
 
@@ -68,7 +67,10 @@ def best_plan(
                 enough_s=enough_s,
                 on_progress=on_progress,
             )[:_FINALISTS]
-            new = [to_plan(now, each.candidate, names) for each in finalists]
+            orders = [order_of(now, each.candidate) for each in finalists]
+            if max((order.num[0] for order in orders), default=0) <= _FEW_TASKS:
+                orders = [polished(now, each.candidate, seed) for each in finalists]
+            new = [to_plan(now, order, names) for order in orders]
             steps_s += [_step_s(plan, costs, cluster) for plan in new]
             found += new
         shortest = min(range(len(found)), key=steps_s.__getitem__, default=0)
@@ -80,11 +82,9 @@ def best_plan(
     )
 
 
-def to_plan(problem: Problem, candidate: Candidate, names: Sequence[str]) -> Plan:
-    """Return the plan of a candidate whose step is possible, with layers of these names."""
-    layers = candidate.layers
-    order = np.empty((3 * problem.num_microbatches * len(layers), 3), np.int64)
-    _, num_tasks = step_s_of(problem, candidate, np.inf, order)
+def to_plan(problem: Problem, order: Order, names: Sequence[str]) -> Plan:
+    """Return the plan of a step that is possible, with layers of these names."""
+    layers, num_tasks = order.layers, order.num[0]
     starts = [layer for layer in range(len(layers)) if begins_stage(layers, layer)]
     stages = tuple(
         StagePlan(
@@ -95,7 +95,7 @@ def to_plan(problem: Problem, candidate: Candidate, names: Sequence[str]) -> Pla
         for a, b in pairwise([*starts, len(layers)])
     )
     rows: list[list[Task]] = [[] for _ in range(problem.num_devices)]
-    for stage, kind, microbatch in order[:num_tasks].tolist():
+    for stage, kind, microbatch in order.tasks[:num_tasks].tolist():
         rows[stages[stage].device].append(Task(stage, _KINDS[kind], microbatch))
     return Plan(stages=stages, schedule=tuple(map(tuple, rows)))
 

@@ -40,6 +40,17 @@ def begins_stage(layers: np.ndarray, layer: int) -> bool:
 
 
 @compiled
+def stage_around(layers: np.ndarray, layer: int) -> tuple[int, int]:
+    """Return where the stage of a layer begins and ends."""
+    a, b = layer, layer + 1
+    while not begins_stage(layers, a):
+        a -= 1
+    while b < len(layers) and not begins_stage(layers, b):
+        b += 1
+    return a, b
+
+
+@compiled
 def count_stages(layers: np.ndarray) -> int:
     """Return the number of stages of a candidate."""
     num_stages = 0

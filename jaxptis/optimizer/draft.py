@@ -6,7 +6,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from jaxptis.optimizer.candidate import HOME, WHOLE, WINDOW, Candidate
+from jaxptis.optimizer.candidate import HOME, NUM_COLUMNS, WHOLE, WINDOW, Candidate
 from jaxptis.optimizer.list_kernel import OLDEST, Rule
 from jaxptis.optimizer.problem import Problem
 
@@ -43,7 +43,7 @@ class Draft(NamedTuple):
 
     def candidate(self, problem: Problem) -> Candidate:
         """Return it in the form in which steps are estimated."""
-        layers = np.zeros((problem.num_layers, 4), np.int64)
+        layers = np.zeros((problem.num_layers, NUM_COLUMNS), np.int64)
         for stage, (start, end) in enumerate(pairwise(self.edges)):
             window = problem.num_microbatches
             if self.more_ahead is not None:

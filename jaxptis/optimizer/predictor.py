@@ -9,6 +9,7 @@ from jaxptis.cluster import Cluster
 from jaxptis.optimizer.anneal import step_s_of
 from jaxptis.optimizer.best import to_plan
 from jaxptis.optimizer.draft import Draft
+from jaxptis.optimizer.polish import order_of
 from jaxptis.optimizer.problem import Problem
 from jaxptis.performance import Costs, Timeline, simulate
 from jaxptis.plan import Plan
@@ -60,7 +61,7 @@ class Predictor:
         return self._list_schedule(sparing, self.problem._replace(memory=unlimited))
 
     def _list_schedule(self, draft: Draft, problem: Problem) -> Predicted:
-        plan = to_plan(problem, draft.candidate(problem), self._names)
+        plan = to_plan(problem, order_of(problem, draft.candidate(problem)), self._names)
         timeline = simulate(plan, self._costs, self._cluster, blocking=self._blocking)
         return Predicted(draft, plan, timeline)
 

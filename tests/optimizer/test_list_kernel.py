@@ -19,6 +19,7 @@ from jaxptis.optimizer.candidate import (
     least_s,
 )
 from jaxptis.optimizer.list_kernel import Rule
+from jaxptis.optimizer.polish import order_of
 from jaxptis.optimizer.problem import Problem
 from jaxptis.performance import Costs, LayerCost, simulate
 from tests.clusters import device
@@ -65,7 +66,9 @@ def test_a_step_takes_what_the_simulator_says(seed: int) -> None:
     costs, cluster, candidate, num_microbatches = _case(seed)
     problem = Problem.of(costs, cluster, num_microbatches)
     step_s, _ = step_s_of(problem, candidate, np.inf, NO_ORDER)
-    plan = to_plan(problem, candidate, [layer.name for layer in costs.layers])  # is checked
+    plan = to_plan(
+        problem, order_of(problem, candidate), [layer.name for layer in costs.layers]
+    )  # is checked
     assert step_s == pytest.approx(simulate(plan, costs, cluster).step_s, rel=1e-12)
     # A limit below it is found out, the step itself is none.
     assert step_s_of(problem, candidate, step_s * (1 - 1e-9), NO_ORDER)[0] == np.inf
@@ -82,6 +85,6 @@ def test_memory_is_kept_or_there_is_no_step(seed: int) -> None:
     step_s, _ = step_s_of(problem, candidate, np.inf, NO_ORDER)
     if step_s == np.inf:
         return
-    plan = to_plan(problem, candidate, [layer.name for layer in costs.layers])
+    plan = to_plan(problem, order_of(problem, candidate), [layer.name for layer in costs.layers])
     for curve in simulate(plan, costs, cluster).memory:
         assert curve.peak_bytes <= 40
