@@ -18,7 +18,6 @@ so that two cores can hold eight devices. What is shown then is not the time of 
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -31,7 +30,6 @@ from random import Random
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from absl import app, flags, logging
 from rich.console import Console
@@ -44,10 +42,9 @@ from experiments.random_plan import random_plan
 from experiments.refused import refused_plainly
 from experiments.sleeping import measure_asleep
 from experiments.wide_console import wide_console
-from jaxptis.cluster import Cluster
+from experiments.workload import Workload, measured_workload
 from jaxptis.make_plan import make_plan
 from jaxptis.performance import Costs, Timeline
-from jaxptis.pipelined import Pipelined
 from models import MODELS, Model
 
 RANDOM = "random"
@@ -187,51 +184,25 @@ def main(argv: list[str]) -> None:
 
 def compare(name: str, model: Model, devices: Sequence[jax.Device]) -> Any:
     """Yields a row for each strategy."""
-    config = model.sizes[SIZE.value]
-    shape = NUM_MICROBATCHES.value * MICROBATCH_SIZE.value, SEQUENCE_LENGTH.value + 1
-    tokens = np.random.default_rng(SEED.value).integers(0, 256, shape, np.int32)
-    module, loss = model.module(config), model.loss(config)
-
-    def loss_fn(params: Any, batch: Any) -> Any:
-        return loss(functools.partial(module.apply, {"params": params}), batch)
-
-    params = jax.jit(module.init)(jax.random.key(SEED.value), tokens[:1])["params"]
-    make = functools.partial(
-        jaxptis.pipeline,
-        loss_fn,
-        num_microbatches=NUM_MICROBATCHES.value,
-        devices=devices,
-        has_aux=True,
-    )
     with refused_plainly():
-        costs, cluster = measure(make(costs="measured"), params, {"tokens": tokens})
+        workload = measured_workload(
+            model,
+            model.sizes[SIZE.value],
+            devices,
+            num_microbatches=NUM_MICROBATCHES.value,
+            microbatch_size=MICROBATCH_SIZE.value,
+            sequence_length=SEQUENCE_LENGTH.value,
+            seed=SEED.value,
+            times_slower=SLOWER.value,
+        )
+    costs, cluster = workload.costs, workload.cluster
     plans = {name: name if name != RANDOM else draw(costs) for name in STRATEGIES.value}
     with refused_plainly():  # before the first is run
         for plan in plans.values():
             make_plan(costs, plan, cluster=cluster, num_microbatches=NUM_MICROBATCHES.value)
+    of = of_one_asleep if ASLEEP.value else of_one
     for strategy, plan in plans.items():
-        pipelined = make(costs=costs, cluster=cluster, strategy=plan)
-        title = f"{name} {SIZE.value}, {strategy}"
-        if ASLEEP.value:
-            yield of_one_asleep(name, strategy, pipelined, params, {"tokens": tokens}, title)
-        else:
-            yield of_one(name, strategy, pipelined, params, {"tokens": tokens}, title)
-
-
-def measure(pipelined: Pipelined, params: Any, batch: Any) -> tuple[Costs, Cluster]:
-    """Returns the costs of the layers, with --slower, and the cluster with its links."""
-    costs = pipelined.bind(None, params, batch).compiled.pipeline.analysis.costs
-    return slower(costs, SLOWER.value), pipelined.options.cluster
-
-
-def slower(costs: Costs, factor: float) -> Costs:
-    """Returns costs in which all takes this many times as long."""
-    names = ("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s")
-    layers = (
-        dataclasses.replace(layer, **{name: factor * getattr(layer, name) for name in names})
-        for layer in costs.layers
-    )
-    return dataclasses.replace(costs, layers=tuple(layers))
+        yield of(name, strategy, workload, plan, f"{name} {SIZE.value}, {strategy}")
 
 
 def draw(costs: Costs) -> jaxptis.Plan:
@@ -245,12 +216,13 @@ def draw(costs: Costs) -> jaxptis.Plan:
 
 
 def of_one(
-    name: str, strategy: str, pipelined: Pipelined, params: Any, batch: Any, title: str
+    name: str, strategy: str, workload: Workload, plan: str | jaxptis.Plan, title: str
 ) -> Row:
     """Runs steps that compute."""
+    pipelined, batch = workload.pipelined(plan), workload.batch
     # Of sgd there is no state; costs do not know the optimizer's.
     step = pipelined.train_step(optax.sgd(0.01))
-    _, profile = step.profile(step.init(params, batch), batch, NUM_STEPS.value)
+    _, profile = step.profile(step.init(workload.params, batch), batch, NUM_STEPS.value)
     predicted, measured = pipelined.timeline, profile.timeline
     draw_page(predicted, measured, pipelined.plan, f"{name}.{strategy}", title)
     pairs = [
@@ -266,13 +238,14 @@ def of_one(
 
 
 def of_one_asleep(
-    name: str, strategy: str, pipelined: Pipelined, params: Any, batch: Any, title: str
+    name: str, strategy: str, workload: Workload, plan: str | jaxptis.Plan, title: str
 ) -> Row:
     """Runs steps whose tasks sleep."""
-    compiled = pipelined.bind(None, params, batch).compiled
-    measured = measure_asleep(compiled.pipeline, params, batch, NUM_STEPS.value)
-    predicted, plan = compiled.pipeline.timeline, compiled.pipeline.plan
-    draw_page(predicted, measured, plan, f"{name}.{strategy}", f"{title}, tasks asleep")
+    params, batch = workload.params, workload.batch
+    pipeline = workload.pipelined(plan).bind(None, params, batch).compiled.pipeline
+    measured = measure_asleep(pipeline, params, batch, NUM_STEPS.value)
+    predicted = pipeline.timeline
+    draw_page(predicted, measured, pipeline.plan, f"{name}.{strategy}", f"{title}, tasks asleep")
     return _row(name, strategy, predicted, measured)
 
 
