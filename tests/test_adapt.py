@@ -41,7 +41,9 @@ def as_if_slow(pipeline, device):
         replace(spec, speed=spec.speed / 3 if i == device else spec.speed)
         for i, spec in enumerate(cluster.devices)
     )
-    timeline = simulate(pipeline.plan, pipeline.analysis.costs, Cluster(tuple(slow)), blocking=True)
+    plan, costs = pipeline.plan, pipeline.analysis.costs
+    as_planned = simulate(plan, costs, Cluster(cluster.devices))
+    timeline = simulate(plan, costs, Cluster(tuple(slow)), blocking=True, placed_by=as_planned)
     return Profile(timeline=timeline, recorded_s=(1.0,), plain_s=(1.0,), clock_error_s=0.0)
 
 
@@ -166,6 +168,30 @@ def test_what_other_stages_would_bring_is_said_if_costs_are_known():
     # The slow device would have fewer layers.
     assert adaptation.other_s < adaptation.after_s
     assert "other stages would take" in str(adaptation)
+    again = jaxptis.pipeline(
+        loss_fn,
+        num_microbatches=8,
+        devices=jax.devices()[:NUM_DEVICES],
+        strategy=adaptation.other,
+        costs=adaptation.costs,
+        cluster=adaptation.cluster,
+    )
+    again.lower(make_params(8), make_batch())
+    assert again.timeline.step_s == pytest.approx(adaptation.other_s)
+
+
+def test_transfers_find_better_places_where_the_order_of_tasks_stays():
+    """They were placed for devices that are equally fast, so one of them waits for the slow one."""
+    pipelined = jaxptis.pipeline(
+        loss_fn, num_microbatches=8, devices=jax.devices()[:NUM_DEVICES], strategy="1f1b"
+    )
+    pipelined.lower(make_params(6), make_batch())
+    pipeline = pipelined.shown.pipeline
+    profile = as_if_slow(pipeline, 3)
+    adapted, adaptation = adapt(pipeline, pipeline.analysis.costs, profile)
+    assert adapted.plan == pipeline.plan
+    assert adaptation.before_s == pytest.approx(profile.timeline.step_s)
+    assert adaptation.after_s < 0.95 * adaptation.before_s
 
 
 def test_the_state_is_not_lost_when_nothing_comes_of_measuring(monkeypatch):
