@@ -42,7 +42,7 @@ import jaxptis
 from experiments import distributed
 from experiments.random_plan import random_plan
 from experiments.refused import refused_plainly
-from experiments.sleeping import measure_asleep
+from experiments.sleeping import measure_asleep, slower
 from experiments.wide_console import wide_console
 from jaxptis.cluster import Cluster
 from jaxptis.make_plan import make_plan
@@ -222,16 +222,6 @@ def measure(pipelined: Pipelined, params: Any, batch: Any) -> tuple[Costs, Clust
     """Returns the costs of the layers, with --slower, and the cluster with its links."""
     costs = pipelined.bind(None, params, batch).compiled.pipeline.analysis.costs
     return slower(costs, SLOWER.value), pipelined.options.cluster
-
-
-def slower(costs: Costs, factor: float) -> Costs:
-    """Returns costs in which all takes this many times as long."""
-    names = ("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s")
-    layers = (
-        dataclasses.replace(layer, **{name: factor * getattr(layer, name) for name in names})
-        for layer in costs.layers
-    )
-    return dataclasses.replace(costs, layers=tuple(layers))
 
 
 def draw(costs: Costs) -> jaxptis.Plan:
