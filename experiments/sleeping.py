@@ -4,7 +4,9 @@ All else is the executor's as it is: its lists, and its transfers of arrays of t
 is no task, such as zeros of sums, takes no time.
 """
 
+import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -24,19 +26,83 @@ from jaxptis.plan import Plan
 from jaxptis.profile import measured_timeline
 
 
+def slower(costs: Costs, factor: float) -> Costs:
+    """Returns costs in which all takes this many times as long."""
+    names = ("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s")
+    layers = (
+        dataclasses.replace(layer, **{name: factor * getattr(layer, name) for name in names})
+        for layer in costs.layers
+    )
+    return dataclasses.replace(costs, layers=tuple(layers))
+
+
+def seconds_of(plan: Plan, costs: Costs) -> dict[str, float]:
+    """Returns what the tasks of a plan take, by the names of their programs."""
+    ranges = [range(start, end) for start, end in pairwise(plan.boundaries)]
+    return {
+        stage_program_name(stage, kind): costs.task_s(layers, kind, plan.stages[stage].recompute)
+        for stage, layers in enumerate(ranges)
+        for kind in "FBIW"
+    }
+
+
+class DrowsyCompiler(Compiler):
+    """Compiles programs that also sleep, in steps that are recorded, until their time is over.
+
+    That time is what their task costs, times the factor of their device. In other steps they do not
+    sleep: there one thread starts the programs of all devices, one after the other.
+
+    Attributes:
+        factors: of the devices; to be changed at any time.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], plan: Plan, costs: Costs) -> None:
+        super().__init__(devices)
+        self.factors = [1.0] * len(devices)
+        self._task_s = seconds_of(plan, costs)
+
+    def programs(
+        self, specs: Mapping[str, ProgramSpec], donated: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, CompiledProgram]:
+        """Compiles the programs, by name."""
+        return {
+            name: CompiledProgram(
+                program.spec,
+                functools.partial(_Drowsy, program, self._task_s.get(name, 0.0), self.factors),
+                {},
+            )
+            for name, program in super().programs(specs, donated).items()
+        }
+
+
+class _Drowsy:
+    """What stands for a lowered program, and for a compiled one."""
+
+    def __init__(self, program: CompiledProgram, task_s: float, factors: list[float]) -> None:
+        self._program, self._task_s, self._factors = program, task_s, factors
+
+    def compile(self, compiler_options: Mapping[str, Any]) -> "_Drowsy":
+        return self
+
+    def memory_analysis(self) -> Any:
+        return self._program.memory_analysis()
+
+    def __call__(self, *inputs: jax.Array) -> Sequence[jax.Array]:
+        if threading.current_thread() is threading.main_thread():
+            return self._program.compiled(*inputs)
+        start_s = time.perf_counter()
+        results = jax.block_until_ready(self._program.compiled(*inputs))
+        task_s = self._task_s * self._factors[self._program.spec.device]
+        time.sleep(max(0.0, start_s + task_s - time.perf_counter()))
+        return results
+
+
 class SleepingCompiler(Compiler):
     """Compiles transfers; all programs sleep for what their task costs, and return zeros."""
 
     def __init__(self, devices: Sequence[jax.Device], plan: Plan, costs: Costs) -> None:
         super().__init__(devices)
-        ranges = [range(start, end) for start, end in pairwise(plan.boundaries)]
-        self._task_s = {
-            stage_program_name(stage, kind): costs.task_s(
-                layers, kind, plan.stages[stage].recompute
-            )
-            for stage, layers in enumerate(ranges)
-            for kind in "FBIW"
-        }
+        self._task_s = seconds_of(plan, costs)
 
     def programs(
         self, specs: Mapping[str, ProgramSpec], donated: Mapping[str, tuple[int, ...]]

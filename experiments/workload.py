@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 import jaxptis
+from experiments.sleeping import slower
 from jaxptis.cluster import Cluster
 from jaxptis.options import Strategy
 from jaxptis.performance import Costs
@@ -110,13 +111,3 @@ def measured_workload(
         costs=slower(costs, times_slower),
         cluster=pipelined.options.cluster,
     )
-
-
-def slower(costs: Costs, factor: float) -> Costs:
-    """Returns costs in which all takes this many times as long."""
-    names = ("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s")
-    layers = (
-        dataclasses.replace(layer, **{name: factor * getattr(layer, name) for name in names})
-        for layer in costs.layers
-    )
-    return dataclasses.replace(costs, layers=tuple(layers))

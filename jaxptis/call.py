@@ -94,9 +94,20 @@ class Compiled:
         self._training: dict[optax.GradientTransformation, Training] = {}
         self.used: Training | None = None  # None: the gradient
 
-    def adapted(self, pipeline: Pipeline) -> "Compiled":
-        """Return the same in another order: for a pipeline with these stages on these devices."""
-        return Compiled(pipeline, self._compiler, self._param_types)
+    def adapted(self, pipeline: Pipeline, optimizer: optax.GradientTransformation) -> "Compiled":
+        """Return the same in another order: for a pipeline with these stages on these devices.
+
+        Its training step runs the programs of this one's, so nothing is compiled. If there is an
+        evaluation, it stays as it is.
+
+        Raises:
+          ValueError: the order needs other programs.
+        """
+        adapted = Compiled(pipeline, self._compiler, self._param_types)
+        if "evaluation" in vars(self):
+            adapted.evaluation = self.evaluation
+        adapted.used = adapted._add_training(optimizer, self.train_step(optimizer).executable)
+        return adapted
 
     @functools.cached_property
     def evaluation(self) -> Executable:
@@ -116,22 +127,26 @@ class Compiled:
         Raises:
           ValueError: a device has too little memory for the step.
         """
-        if optimizer not in self._training:
-            costs = self._costs_with(optimizer)
-            check_memory(self._predicted(costs), self.pipeline.analysis.cluster)
-            executable, state, pieces = steps.train_step(
-                self.pipeline, self._compiler, optimizer, self._param_types
-            )
-            types, structure = jax.tree.flatten(jax.eval_shape(optimizer.init, self._param_types))
-            self._training[optimizer] = Training(
-                executable=self._dumped(executable),
-                copies=state,
-                state=Placement(state.homes, self._compiler.devices),
-                cuts=Cuts(pieces, [aval.shape for aval in types]),
-                structure=structure,
-                costs=costs,
-            )
-        return self._training[optimizer]
+        return self._training.get(optimizer) or self._add_training(optimizer)
+
+    def _add_training(
+        self, optimizer: optax.GradientTransformation, like: Executable | None = None
+    ) -> Training:
+        costs = self._costs_with(optimizer)
+        check_memory(self._predicted(costs), self.pipeline.analysis.cluster)
+        executable, state, pieces = steps.train_step(
+            self.pipeline, self._compiler, optimizer, self._param_types, like=like
+        )
+        types, structure = jax.tree.flatten(jax.eval_shape(optimizer.init, self._param_types))
+        training = self._training[optimizer] = Training(
+            executable=self._dumped(executable),
+            copies=state,
+            state=Placement(state.homes, self._compiler.devices),
+            cuts=Cuts(pieces, [aval.shape for aval in types]),
+            structure=structure,
+            costs=costs,
+        )
+        return training
 
     def _costs_with(self, optimizer: optax.GradientTransformation) -> Costs:
         graph = self.pipeline.analysis.graph

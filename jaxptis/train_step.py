@@ -173,8 +173,7 @@ class TrainStep:
             return adaptation
         compiler = self._pipelined.compiler
         count = compiler.num_compilations
-        new = old.adapted(pipeline)
-        new.used = new.train_step(self._optimizer)
+        new = old.adapted(pipeline, self._optimizer)
         self._pipelined.replace(old, new)
         self._pipelined.shown = new
         return dataclasses.replace(adaptation, num_compilations=compiler.num_compilations - count)

@@ -78,8 +78,9 @@ class Draft:
         what: str,
         outputs: Sequence[Buffer],
         consumed: Sequence[Buffer] = (),
+        like: Executable | None = None,
     ) -> Executable:
-        """Compile the step, which is called `what` in messages."""
+        """Compile the step, which is called `what` in messages; or run the programs of `like`."""
         rows = enumerate(self.rows.rows)
         read = {(device, name) for device, row in rows for each in row for name in each.reads}
         constants = {
@@ -98,4 +99,5 @@ class Draft:
             outputs=outputs,
             constants=constants,
             consumed=consumed,
+            like=like,
         )

@@ -18,6 +18,7 @@ from jaxptis.executor.instructions import Rows, Run
 from jaxptis.executor.programs import Aval, ProgramSpec
 from jaxptis.executor.prove import Step, in_one_order, prove
 from jaxptis.executor.record import Happening, Job, record
+from jaxptis.executor.regroup import regroup
 from jaxptis.executor.trace import Launch, happenings_of, traced
 from jaxptis.executor.transfer import Exchange, Route
 from passes import jaxprs
@@ -57,6 +58,7 @@ class Executable:
         outputs: Sequence[Buffer],
         constants: Mapping[Buffer, Any],
         consumed: Sequence[Buffer] = (),
+        like: "Executable | None" = None,
     ) -> None:
         """Compile `rows`.
 
@@ -69,6 +71,10 @@ class Executable:
           outputs: what the caller is given, in order.
           constants: inputs with a value that stays the same.
           consumed: inputs that the step may overwrite or free.
+          like: the same step in another order, whose programs this one runs: nothing is compiled.
+
+        Raises:
+          ValueError: this order needs other programs.
         """
         self._jax_devices = compiler.devices
         self._in_turn = jax.process_count() > 1 and compiler.devices[0].platform == "cpu"
@@ -76,10 +82,16 @@ class Executable:
         compiler.processes.begin(f"compiling {what}")
         kept = {*inputs, *constants}.difference(consumed) | set(outputs)
         held = _per_device(rows, kept)
+        if like is not None:
+            rows = regroup(rows, like.routes, lambda device, name: _keyed(like.types[device, name]))
         self.rows = rows.free(held)
         steps = in_one_order(self.rows)
         types, routes = _types(steps, specs, inputs, constants)
-        donated = _donated(steps, specs)
+        self.types: Mapping[Buffer, Aval] = types
+        self.routes: tuple[Route, ...] = (
+            tuple(dict.fromkeys(routes.values())) if like is None else like.routes
+        )
+        self.donated = _donated(steps, specs) if like is None else _same_donated(steps, like)
         read = {(d, n) for s in steps for d, each in s.ends for n in each.reads}
         self.num_bytes = {name: jaxprs.nbytes([aval]) for (_, name), aval in types.items()}
         accounts = prove(
@@ -87,7 +99,7 @@ class Executable:
             given=_per_device(rows, {*inputs, *constants} & (read | kept)),
             held=held,
             nbytes=self.num_bytes,
-            donated=donated,
+            donated=self.donated,
         )
         self.peak_bytes = tuple(each.peak_bytes for each in accounts)
         compiler.processes.check_same(
@@ -95,8 +107,11 @@ class Executable:
         )
         local = {device for device in range(len(rows.rows)) if compiler.is_local(device)}
         mine = [i for i, step in enumerate(steps) if not local.isdisjoint(dict(step.ends))]
-        self.programs = compiler.programs(specs, donated)
-        self.exchanges = compiler.exchanges([routes[i] for i in mine if i in routes])
+        if like is None:
+            self.programs = compiler.programs(specs, self.donated)
+            self.exchanges = compiler.exchanges([routes[i] for i in mine if i in routes])
+        else:
+            self.programs, self.exchanges = like.programs, like.exchanges
         self.accounts = self._with_temporaries(compiler, accounts)
         slots: dict[Buffer, int] = collections.defaultdict(lambda: len(slots))
         self._inputs = [slots[buffer] for buffer in inputs if buffer[0] in local]
@@ -287,8 +302,8 @@ def _plain(aval: Aval) -> tuple[Any, ...]:
     return tuple(aval.shape), aval.dtype
 
 
-def _donated(steps: Sequence[Step], specs: Mapping[str, ProgramSpec]) -> dict[str, tuple[int, ...]]:
-    """Return the inputs that each program may overwrite: no call's input is read again."""
+def _consumed(steps: Sequence[Step]) -> dict[str, set[int]]:
+    """Return for each program that is run the inputs that no call's device reads again."""
     consumed: dict[str, set[int]] = {}
     for step in steps:
         _, instruction = step.ends[0]
@@ -296,7 +311,23 @@ def _donated(steps: Sequence[Step], specs: Mapping[str, ProgramSpec]) -> dict[st
             reads, gone = instruction.reads, instruction.consumes
             once = {i for i, n in enumerate(reads) if n in gone and reads.count(n) == 1}
             consumed.setdefault(instruction.program, once).intersection_update(once)
+    return consumed
+
+
+def _donated(steps: Sequence[Step], specs: Mapping[str, ProgramSpec]) -> dict[str, tuple[int, ...]]:
+    """Return the inputs that each program may overwrite."""
+    consumed = _consumed(steps)
     return {name: donations(spec, sorted(consumed[name])) for name, spec in specs.items()}
+
+
+def _same_donated(steps: Sequence[Step], like: Executable) -> Mapping[str, tuple[int, ...]]:
+    """Return the inputs that the programs of another order overwrite, if they may in this one."""
+    for name, consumed in _consumed(steps).items():
+        if not consumed.issuperset(like.donated[name]):
+            raise ValueError(
+                f"{name} overwrites what is still read in another order; make a new trainer for it"
+            )
+    return like.donated
 
 
 def donated_inputs(

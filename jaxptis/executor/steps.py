@@ -96,10 +96,13 @@ def train_step(
     compiler: Compiler,
     optimizer: optax.GradientTransformation,
     params_tree: Any,
+    *,
+    like: Executable | None = None,
 ) -> tuple[Executable, Copies, tuple[Pieces, ...]]:
     """Return a whole step, which consumes its parameters and state.
 
-    Parameters, optimizer state and batch in; results, parameters and optimizer state out.
+    Parameters, optimizer state and batch in; results, parameters and optimizer state out. It runs
+    the programs of `like`, the step in another order, if that is given.
 
     Returns:
       The step, where the parts of the state live, and the pieces of each leaf of the state.
@@ -153,7 +156,7 @@ def train_step(
     outputs = [(device, buffer) for buffer, homes in placed for device in homes]
     consumed = [*params.buffers(), *state.buffers()]
     results = _share_results(draft, pipeline, compiler)
-    executable = draft.executable(compiler, "a training step", [*results, *outputs], consumed)
+    executable = draft.executable(compiler, "a training step", [*results, *outputs], consumed, like)
     return executable, state, pieces
 
 

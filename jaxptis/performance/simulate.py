@@ -16,7 +16,12 @@ from jaxptis.plan import Plan
 
 
 def simulate(
-    plan: Plan, costs: Costs, cluster: Cluster | None = None, *, blocking: bool = False
+    plan: Plan,
+    costs: Costs,
+    cluster: Cluster | None = None,
+    *,
+    blocking: bool = False,
+    placed_by: Timeline | None = None,
 ) -> Timeline:
     """Start every task as soon as its device is free and what it needs has arrived.
 
@@ -29,6 +34,8 @@ def simulate(
         blocking: how devices hand on results. By default a device leaves them to its links and
             goes on; see `buffered`. With `blocking` it takes part in every transfer, as does the
             other device, and both wait; that is how the executor runs. See `blocking`.
+        placed_by: how the plan would run if transfers took no time, where that is what has put
+            transfers that block into their places; by default what these costs predict of it.
 
     Raises:
         ValueError: the costs are not those of the plan's layers, or the cluster has fewer devices
@@ -37,18 +44,24 @@ def simulate(
     _check_costs(plan, costs)
     _check_cluster(plan, cluster)
     with collector_paused():
-        rows, transfers = _run(plan, costs, cluster, blocking)
+        rows, transfers = _run(plan, costs, cluster, blocking, placed_by)
         transfers.sort(key=attrgetter("start_s"))
         memory = memory_curves(plan, costs, rows, transfers)
         return Timeline(tuple(map(tuple, rows)), tuple(transfers), memory)
 
 
 def _run(
-    plan: Plan, costs: Costs, cluster: Cluster | None, blocking: bool
+    plan: Plan,
+    costs: Costs,
+    cluster: Cluster | None,
+    blocking: bool,
+    placed_by: Timeline | None,
 ) -> tuple[Rows, list[TransferSpan]]:
     of_tasks = task_costs(plan, costs, cluster)
     if not blocking:
         return run_buffered(plan, of_tasks)
+    if placed_by is not None:
+        return run_blocking(plan, of_tasks, placed_by.spans)
     same_devices = cluster and Cluster(cluster.devices)  # with links that take no time
     unhindered, _ = run_buffered(plan, task_costs(plan, costs, same_devices))
     return run_blocking(plan, of_tasks, unhindered)

@@ -1,7 +1,6 @@
 """What is compiled for a step, looked at from outside: matmuls, transfers, memory, counts."""
 
 import collections
-import contextlib
 import functools
 import re
 from itertools import pairwise
@@ -18,6 +17,7 @@ from jaxptis.plan import Plan, StagePlan
 from jaxptis.schedules import schedule
 from passes.boxes import whole
 from tests import small_models
+from tests.compilations import counted_compilations
 from tests.small_models import matrix, normal
 
 # Every layer has widths of its own, so that a matmul says whose it is.
@@ -188,22 +188,6 @@ def test_transfers_go_along_the_pipeline():
     assert {route.devices for route in gradient.exchanges} - {(0, 3)} == neighbours
     text = gradient.rows.text()
     assert text.count("send x") == text.count("send d") == 3 * NUM_MICROBATCHES
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    """Count what XLA compiles: whatever jax compiles goes by this event."""
-    events = []
-
-    def listen(event, duration_s, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(duration_s)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_everything_is_compiled_before_the_first_step():

@@ -9,8 +9,7 @@ import pytest
 
 import jaxptis
 from experiments.compare import Row, errors
-from experiments.sleeping import measure_asleep
-from experiments.workload import slower
+from experiments.sleeping import measure_asleep, slower
 from jaxptis.performance import Costs, LayerCost
 from tests.small_models import loss_fn, make_batch, make_params
 
