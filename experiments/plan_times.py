@@ -29,11 +29,11 @@ DEVICE = DeviceSpec(kind="published", flops_per_s=1.0, bytes_per_s=1.0)
 
 CASES = flags.DEFINE_list(
     "cases",
-    ["4x8x58x2", "16x64x120x20", "64x256x128x20"],
+    ["4x8x58x2", "16x64x120x15", "64x256x128x10"],
     "Devices x microbatches x layers x time limit of the search, the largest last.",
 )
 LONGER_S = flags.DEFINE_list(
-    "longer_s", ["40", "200", "0"], "Time limit of another search of each case; 0 for none."
+    "longer_s", ["20", "60", "0"], "Time limit of another search of each case; 0 for none."
 )
 JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the rows.")
 
