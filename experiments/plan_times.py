@@ -33,7 +33,7 @@ CASES = flags.DEFINE_list(
     "Devices x microbatches x layers x time limit of the search, the largest last.",
 )
 LONGER_S = flags.DEFINE_list(
-    "longer_s", ["20", "60", "0"], "Time limit of another search of each case; 0 for none."
+    "longer_s", ["10", "30", "0"], "Time limit of another search of each case; 0 for none."
 )
 JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the rows.")
 
