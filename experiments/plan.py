@@ -39,15 +39,15 @@ from experiments.predicted_step import (
 )
 from experiments.refused import refused_plainly
 from experiments.step_outputs import HTML_OUTPUT, JSON_OUTPUT, STEP_OUTPUTS, has_folder
+from experiments.tried import BASE, BASELINES, Tried, attempt
 from experiments.wide_console import wide_console
 from jaxptis.cluster import Cluster
-from jaxptis.make_plan import ADAPTIS, BEST, MIST, make_plan
+from jaxptis.make_plan import ADAPTIS, BEST, make_plan
 from jaxptis.optimizer import best_plan
 from jaxptis.optimizer.certificate import Certificate, certify
 from jaxptis.performance import Costs
 from jaxptis.pictures.bottleneck import find_bottleneck
 from jaxptis.pictures.words import duration, percent, size
-from jaxptis.schedules import FAMILIES, PARTITIONS
 
 for flag in (COSTS, *OF_MODEL, *OF_CLUSTER, *STEP_OUTPUTS):
     flags.declare_key_flag(flag.name)  # which --help lists
@@ -62,28 +62,10 @@ TIME_LIMIT_S = flags.DEFINE_float(
 )
 PLAN_OUTPUT = flags.DEFINE_string("plan_output", None, "File for the plan, which is a strategy.")
 
-BASELINES = (*(f"{name}(partition={how})" for name in FAMILIES for how in PARTITIONS), MIST)
-BASE = "interleaved(partition=uniform)"  # Megatron-LM's, to which others are compared
-
 Json = dict[str, Any]
 
 
 flags.register_validator("plan_output", has_folder, "its folder does not exist; create it first")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tried:
-    """What came of a strategy.
-
-    Attributes:
-        strategy: its name.
-        step: its plan; None if it cannot plan this.
-        refusal: why not, or which device lacks memory; None if nothing is in the way.
-    """
-
-    strategy: str
-    step: PredictedStep | None
-    refusal: str | None = None
 
 
 def main(argv: list[str]) -> None:
@@ -98,7 +80,7 @@ def main(argv: list[str]) -> None:
         cluster = chosen_cluster(chosen.device)
         certificate = certify(costs, cluster, NUM_MICROBATCHES.value)
     names = track((*BASELINES, ADAPTIS), console=console, transient=True, description="baselines")
-    others = [attempt(name, costs, cluster) for name in names]
+    others = [attempt(name, costs, cluster, NUM_MICROBATCHES.value) for name in names]
     with console.status(f"planning: {STRATEGY.value}"), refused_plainly():
         step = plan_step(costs, cluster, others)
         find_bottleneck(step.timeline, step.plan)  # refuses a step that takes no time
@@ -134,16 +116,6 @@ def plan_step(costs: Costs, cluster: Cluster, others: Iterable[Tried]) -> Predic
     else:
         plan = make_plan(costs, STRATEGY.value, cluster=cluster, num_microbatches=count)
     return predicted(plan, costs, cluster)
-
-
-def attempt(strategy: str, costs: Costs, cluster: Cluster) -> Tried:
-    """Returns the step of a strategy, or why there is none."""
-    try:
-        plan = make_plan(costs, strategy, cluster=cluster, num_microbatches=NUM_MICROBATCHES.value)
-    except ValueError as error:
-        return Tried(strategy, None, str(error))
-    step = predicted(plan, costs, cluster)
-    return Tried(strategy, step, why_it_does_not_fit(step))
 
 
 def table_of(rows: Iterable[Tried], certificate: Certificate) -> Table:

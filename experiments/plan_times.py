@@ -1,0 +1,92 @@
+"""How long best takes with all that it starts from, in how much memory, and what more time gives.
+
+python -m experiments.plan_times --json_output=experiments/results/plan_times.json
+
+The layers are those of Nemotron-Nano-9B-v2, whose times the authors of AdaPtis published; those
+between embedding and head are repeated until there are as many as asked for. Links are free.
+"""
+
+import dataclasses
+import json
+import resource
+import time
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments.predicted_step import predicted
+from experiments.published import published_costs
+from experiments.tried import BASELINES, attempt
+from jaxptis.cluster import Cluster, DeviceSpec
+from jaxptis.make_plan import ADAPTIS
+from jaxptis.optimizer import best_plan
+from jaxptis.performance import Costs
+
+DEVICE = DeviceSpec(kind="published", flops_per_s=1.0, bytes_per_s=1.0)
+
+CASES = flags.DEFINE_list(
+    "cases",
+    ["4x8x58x2", "16x64x120x15", "64x256x128x10"],
+    "Devices x microbatches x layers x time limit of the search, the largest last.",
+)
+LONGER_S = flags.DEFINE_list(
+    "longer_s", ["10", "30", "0"], "Time limit of another search of each case; 0 for none."
+)
+JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the rows.")
+
+Json = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints a row for each case; its memory is the most that the program has had so far."""
+    del argv
+    rows: list[Json] = []
+    best_of(repeated(4), Cluster((DEVICE,) * 2), 2, 0.1)  # compiles what is compiled once
+    for case, longer_s in zip(CASES.value, map(float, LONGER_S.value), strict=True):
+        num_devices, num_microbatches, num_layers, limit_s = map(int, case.split("x"))
+        costs, cluster = repeated(num_layers), Cluster((DEVICE,) * num_devices)
+        step_s, took_s = best_of(costs, cluster, num_microbatches, limit_s)
+        row = {"case": case, "step_ms": step_s * 1e3, "took_s": took_s, "memory_bytes": memory()}
+        if longer_s:
+            longest_s, took_s = best_of(costs, cluster, num_microbatches, longer_s)
+            row |= {
+                "longer_s": longer_s,
+                "longer_step_ms": longest_s * 1e3,
+                "longer_took_s": took_s,
+            }
+            row["over_longer"] = step_s / longest_s
+        rows.append(row)
+        print(*(f"{name}={value}" for name, value in row.items()), flush=True)
+        if JSON_OUTPUT.value:
+            Path(JSON_OUTPUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def repeated(num_layers: int) -> Costs:
+    """Returns so many layers: the embedding, those between it and the head in turn, the head."""
+    first, *inner, last = published_costs("nemotron-nano-v2-9B").layers
+    layers = first, *islice(cycle(inner), num_layers - 2), last
+    return Costs(tuple(dataclasses.replace(x, name=str(k)) for k, x in enumerate(layers)))
+
+
+def best_of(
+    costs: Costs, cluster: Cluster, num_microbatches: int, time_limit_s: float
+) -> tuple[float, float]:
+    """Returns the step of best, and how long it took, other strategies included."""
+    began_s = time.perf_counter()
+    tried = [attempt(x, costs, cluster, num_microbatches) for x in (*BASELINES, ADAPTIS)]
+    others = [each.step.plan for each in tried if each.step]
+    plan = best_plan(costs, cluster, num_microbatches, others=others, time_limit_s=time_limit_s)
+    took_s = time.perf_counter() - began_s
+    return predicted(plan, costs, cluster).timeline.step_s, took_s
+
+
+def memory() -> int:
+    """Returns the most bytes that this program has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    app.run(main)
