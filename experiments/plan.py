@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from absl import app, flags, logging
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +39,7 @@ from experiments.predicted_step import (
     why_it_does_not_fit,
 )
 from experiments.refused import refused_plainly
+from experiments.search_bar import search_bar
 from experiments.step_outputs import HTML_OUTPUT, JSON_OUTPUT, STEP_OUTPUTS, has_folder
 from experiments.tried import BASE, BASELINES, Tried, attempt
 from experiments.wide_console import wide_console
@@ -81,8 +83,8 @@ def main(argv: list[str]) -> None:
         certificate = certify(costs, cluster, NUM_MICROBATCHES.value)
     names = track((*BASELINES, ADAPTIS), console=console, transient=True, description="baselines")
     others = [attempt(name, costs, cluster, NUM_MICROBATCHES.value) for name in names]
-    with console.status(f"planning: {STRATEGY.value}"), refused_plainly():
-        step = plan_step(costs, cluster, others)
+    with refused_plainly():
+        step = plan_step(costs, cluster, others, certificate, console)
         find_bottleneck(step.timeline, step.plan)  # refuses a step that takes no time
     report(step, console)
     console.print()
@@ -102,19 +104,28 @@ def main(argv: list[str]) -> None:
         sys.exit(rows[-1].refusal)
 
 
-def plan_step(costs: Costs, cluster: Cluster, others: Iterable[Tried]) -> PredictedStep:
+def plan_step(
+    costs: Costs,
+    cluster: Cluster,
+    others: Iterable[Tried],
+    certificate: Certificate,
+    console: Console,
+) -> PredictedStep:
     """Returns the step of --strategy; best is no worse than all others."""
     count = NUM_MICROBATCHES.value
     if STRATEGY.value == BEST:
-        plan = best_plan(
-            costs,
-            cluster,
-            count,
-            others=[each.step.plan for each in others if each.step],
-            time_limit_s=TIME_LIMIT_S.value,
-        )
+        with search_bar(console, certificate) as show:
+            plan = best_plan(
+                costs,
+                cluster,
+                count,
+                others=[each.step.plan for each in others if each.step],
+                time_limit_s=TIME_LIMIT_S.value,
+                on_progress=show,
+            )
     else:
-        plan = make_plan(costs, STRATEGY.value, cluster=cluster, num_microbatches=count)
+        with console.status(f"planning: {STRATEGY.value}"):
+            plan = make_plan(costs, STRATEGY.value, cluster=cluster, num_microbatches=count)
     return predicted(plan, costs, cluster)
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -14,9 +15,11 @@ PARAM_BYTES = 2**30
 NUM_LAYERS, HEAD_TIMES = 7, 3
 
 
-def run_plan(*arguments):
+def run_plan(*arguments, **env):
     command = [sys.executable, "-m", "experiments.plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, **env}
+    )
 
 
 @pytest.fixture
@@ -69,6 +72,11 @@ def test_a_plan_its_certificate_and_what_others_take(costs_file, tmp_path):
         assert strategy in run.stdout or steps_s[strategy] is None
     assert f"{bound_s * 1e3:.3f} ms" in run.stdout
     assert files["html"].read_text().startswith("<!doctype html>")
+
+
+def test_a_terminal_has_a_bar_with_the_best_so_far(costs_file):
+    arguments = f"--costs={costs_file}", "--num_devices=2", "--time_limit_s=0.2"
+    assert "best so far" in run_plan(*arguments, FORCE_COLOR="1").stdout
 
 
 def test_a_limit_that_no_plan_keeps_is_refused(costs_file):
