@@ -15,8 +15,8 @@ less those that it had, so that one of them takes half as long again.
 Theirs are a Mamba-2 of each package, with chunks of several lengths; and a mixture of experts in
 two ways, router included. "room" drops what finds no room with its expert; it is given as much room
 as the fullest expert needs, which nobody knows beforehand. "dropless" is what ours is, and calls
-jax.lax.ragged_dot. Each repetition runs all of them, so that what else the machine does falls on
-both sides of a ratio.
+jax.lax.ragged_dot. A ratio is the median of those of pairs, ours and right after it theirs: a
+shared machine can be twice as slow for seconds, which falls on both of a pair, and on few of them.
 """
 
 import dataclasses
@@ -24,9 +24,8 @@ import functools
 import json
 import os
 import pathlib
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -204,21 +203,27 @@ def compare(cases: Mapping[str, Case]) -> dict[str, dict[str, float]]:
                 raise ValueError(f"results of {name} are not ours; compare them one by one")
     for forward, both in runs.values():
         jax.block_until_ready((forward(), both()))
-    seconds = {name: np.zeros((NUM_REPETITIONS.value, 2)) for name in runs}
-    for repetition in range(NUM_REPETITIONS.value):
-        for name, both_runs in runs.items():
-            for i, run in enumerate(both_runs):
-                start_s = time.perf_counter()
-                jax.block_until_ready(run())
-                seconds[name][repetition, i] = time.perf_counter() - start_s
-    ours_s = seconds.pop("ours")
-    return {
-        name: {
-            "forward": statistics.median(ours_s[:, 0] / theirs_s[:, 0]),
-            "forward_and_backward": statistics.median(ours_s[:, 1] / theirs_s[:, 1]),
-        }
-        for name, theirs_s in seconds.items()
-    }
+    ours_runs = runs.pop("ours")
+    # Each forward comes after a backward of the other, and each backward after its own forward.
+    pairs = [
+        {name: (_seconds(ours_runs), _seconds(theirs_runs)) for name, theirs_runs in runs.items()}
+        for _ in range(NUM_REPETITIONS.value)
+    ]
+    ratios = {}
+    for name in runs:
+        ours_and_theirs_s = np.array([pair[name] for pair in pairs])
+        medians = np.median(ours_and_theirs_s[:, 0] / ours_and_theirs_s[:, 1], axis=0)
+        ratios[name] = {"forward": float(medians[0]), "forward_and_backward": float(medians[1])}
+    return ratios
+
+
+def _seconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
+    seconds = []
+    for run in runs:
+        start_s = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start_s)
+    return seconds
 
 
 def _gradients(function: Callable[..., jax.Array], num_args: int) -> Callable[..., Any]:

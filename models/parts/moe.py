@@ -2,7 +2,7 @@
 
 Shapes: B batch, T positions, D model width, F hidden width of an expert, E routed experts,
 C experts chosen for a token, G groups of experts, L groups chosen for a token, X = E / G experts
-of a group, A = B * T * C assignments of a token to an expert.
+of a group, A = B * T * C assignments of a token to an expert, S places for these (see arrange).
 """
 
 import functools
@@ -15,7 +15,7 @@ import optax
 from flax import linen as nn
 
 from models.parts.dense import Types
-from models.parts.grouped_dot import grouped_dot
+from models.parts.grouped_dot import arrange, grouped_dot
 from models.parts.mlp import gated_mlp
 
 
@@ -177,18 +177,17 @@ def apply_experts(
 ) -> jax.Array:
     """Returns the weighted sum (B, T, D) of the chosen experts of every token, each a SwiGLU.
 
-    Assignments are sorted by expert, so that every expert multiplies consecutive rows and no
+    Assignments are arranged by expert, so that every expert multiplies consecutive rows and no
     token is dropped, however uneven the choice.
     """
     num_experts, num_chosen = gate_EDF.shape[0], choice_BTC.shape[-1]
-    choice_A = choice_BTC.reshape(-1)
-    order_A = jnp.argsort(choice_A)
-    sizes_E = jnp.bincount(choice_A, length=num_experts)
-    x_AD = x_BTD.reshape(-1, x_BTD.shape[-1])[order_A // num_chosen]
-    gate_AF = grouped_dot(x_AD, gate_EDF, sizes_E)
-    up_AF = grouped_dot(x_AD, up_EDF, sizes_E)
-    y_AD = grouped_dot(nn.silu(gate_AF) * up_AF, down_EFD, sizes_E)
-    y_AD = y_AD.at[jnp.argsort(order_A)].get(unique_indices=True)
+    places = arrange(choice_BTC.reshape(-1), num_experts)
+    x_SD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    x_SD = x_SD.at[places.row_S // num_chosen].get(mode="fill", fill_value=0)
+    gate_SF = grouped_dot(x_SD, gate_EDF, places.sizes_E)
+    up_SF = grouped_dot(x_SD, up_EDF, places.sizes_E)
+    y_SD = grouped_dot(nn.silu(gate_SF) * up_SF, down_EFD, places.sizes_E)
+    y_AD = y_SD.at[places.place_A].get(unique_indices=True)
     y_BTCD = y_AD.reshape(*choice_BTC.shape, -1).astype(jnp.float32)
     return (y_BTCD * weights_BTC[..., None]).sum(axis=-2).astype(x_BTD.dtype)
 
