@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxptis.optimizer.blocking_kernel import blocking_step_s
 from jaxptis.optimizer.candidate import (
     CUT,
     HOME,
@@ -44,7 +45,16 @@ def step_s_of(
 ) -> tuple[float, int]:
     """Return the seconds of a candidate's step, and the tasks looked at; see `list_step_s`."""
     stages, memory = make_stages(problem, candidate.layers)
-    return list_step_s(stages, memory, problem.num_microbatches, candidate.rule, limit_s, order)
+    M, rule = problem.num_microbatches, candidate.rule
+    if not problem.blocking:
+        return list_step_s(stages, memory, M, rule, limit_s, order)
+    if len(order) == 0:
+        order = np.empty((3 * M * len(stages.home), 3), np.int64)
+    step_s, num_tasks = list_step_s(stages, memory, M, rule, limit_s, order)
+    if step_s < np.inf:
+        step_s = blocking_step_s(stages, len(memory), M, order[:num_tasks])
+        num_tasks *= 2
+    return step_s, num_tasks
 
 
 @compiled

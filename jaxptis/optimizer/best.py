@@ -16,7 +16,7 @@ from jaxptis.performance.check_memory import check_memory
 from jaxptis.plan import Plan, StagePlan, Task
 
 _KINDS = "FBIW"
-_FINALISTS = 8  # are simulated with transfers that block; the search knows them only as delays
+_FINALISTS = 8  # are simulated as all plans are
 _FEW_TASKS = 200  # are few enough to be changed one by one
 _TIGHTER = 0.97  # of the memory, if what was found needs more than the search knew
 
@@ -30,6 +30,7 @@ def best_plan(
     time_limit_s: float = 10.0,
     tolerance: float = 1e-3,
     seed: int = 0,
+    blocking: bool = True,
     on_progress: Callable[[float, float], None] | None = None,
 ) -> Plan:
     """Search partition, placement, schedule, split backwards and recomputation together.
@@ -43,6 +44,8 @@ def best_plan(
             same limit and seed find the same plan on a slower machine. Small models take less.
         tolerance: the search ends when the gap to the certificate's bound is no larger; a fraction.
         seed: of what is drawn.
+        blocking: whether transfers hold up both of their devices, as when a plan runs; if not, they
+            only take time.
         on_progress: is told now and then which fraction of the search is done, and the shortest
             step so far, in seconds.
 
@@ -54,9 +57,9 @@ def best_plan(
     check_fills_devices(num_layers, num_devices)
     enough_s = certify(costs, cluster, num_microbatches).bound_s * (1 + tolerance)
     names = [layer.name for layer in costs.layers]
-    problem = Problem.of(costs, cluster, num_microbatches)
+    problem = Problem.of(costs, cluster, num_microbatches, blocking=blocking)
     found: list[Plan] = list(others)
-    steps_s = [_step_s(plan, costs, cluster) for plan in found]
+    steps_s = [_step_s(plan, costs, cluster, blocking) for plan in found]
     for tighter in (1.0, _TIGHTER, _TIGHTER**4):
         if min(steps_s, default=inf) > enough_s:
             now = problem._replace(memory=problem.memory * tighter)
@@ -71,7 +74,7 @@ def best_plan(
             if max((order.num[0] for order in orders), default=0) <= _FEW_TASKS:
                 orders = [polished(now, each.candidate, seed) for each in finalists]
             new = [to_plan(now, order, names) for order in orders]
-            steps_s += [_step_s(plan, costs, cluster) for plan in new]
+            steps_s += [_step_s(plan, costs, cluster, blocking) for plan in new]
             found += new
         shortest = min(range(len(found)), key=steps_s.__getitem__, default=0)
         if found and steps_s[shortest] < inf:
@@ -100,9 +103,9 @@ def to_plan(problem: Problem, order: Order, names: Sequence[str]) -> Plan:
     return Plan(stages=stages, schedule=tuple(map(tuple, rows)))
 
 
-def _step_s(plan: Plan, costs: Costs, cluster: Cluster) -> float:
+def _step_s(plan: Plan, costs: Costs, cluster: Cluster, blocking: bool) -> float:
     """Return the seconds of a step as it will run; infinite if a device has too little memory."""
-    timeline = simulate(plan, costs, cluster, blocking=True)
+    timeline = simulate(plan, costs, cluster, blocking=blocking)
     try:
         check_memory(timeline, cluster)
     except ValueError:

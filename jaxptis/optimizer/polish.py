@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxptis.optimizer.anneal import step_s_of
+from jaxptis.optimizer.blocking_kernel import blocking_step_s
 from jaxptis.optimizer.candidate import (
     CUT,
     HOME,
@@ -19,7 +20,7 @@ from jaxptis.optimizer.candidate import (
     stage_around,
 )
 from jaxptis.optimizer.compiled import compiled
-from jaxptis.optimizer.list_kernel import B, F, I, Stages, W
+from jaxptis.optimizer.list_kernel import B, F, I, Stages, W, list_step_s
 from jaxptis.optimizer.problem import Problem
 
 _HOT, _COLD = 0.03, 0.02  # at the start, of the step; at the end, of that
@@ -43,7 +44,9 @@ class Order(NamedTuple):
 def order_of(problem: Problem, candidate: Candidate) -> Order:
     """Return the order of a candidate's list schedule."""
     tasks = np.empty((3 * problem.num_microbatches * problem.num_layers, 3), np.int64)
-    _, num_tasks = step_s_of(problem, candidate, np.inf, tasks)
+    stages, memory = make_stages(problem, candidate.layers)
+    M = problem.num_microbatches
+    _, num_tasks = list_step_s(stages, memory, M, candidate.rule, np.inf, tasks)
     return Order(candidate.layers, tasks, np.array([num_tasks]))
 
 
@@ -63,9 +66,9 @@ def polished(problem: Problem, candidate: Candidate, seed: int) -> Order:
 
 
 @compiled
-def order_step_s(stages: Stages, memory: np.ndarray, num_microbatches: int, order: Order) -> float:
+def order_step_s(stages: Stages, memory: np.ndarray, problem: Problem, order: Order) -> float:
     """Return the seconds of a step; infinite if a task comes too early, or memory lacks."""
-    num_stages, M = len(stages.home), num_microbatches
+    num_stages, M = len(stages.home), problem.num_microbatches
     forward_s = np.full((num_stages, M), np.inf)
     gradient_s = np.full((num_stages, M), np.inf)
     free_s, held = np.zeros(len(memory)), np.zeros(len(memory))
@@ -90,6 +93,8 @@ def order_step_s(stages: Stages, memory: np.ndarray, num_microbatches: int, orde
             forward_s[s, m] = free_s[d]
         elif kind != W:
             gradient_s[s, m] = free_s[d]
+    if problem.blocking:
+        return blocking_step_s(stages, len(memory), M, order.tasks[: order.num[0]])
     return np.max(free_s)
 
 
@@ -97,9 +102,8 @@ def order_step_s(stages: Stages, memory: np.ndarray, num_microbatches: int, orde
 def anneal_order(problem: Problem, order: Order, num_tries: int, seed: int) -> tuple[Order, float]:
     """Change a step again and again; return the best, and its seconds."""
     np.random.seed(seed)
-    M = problem.num_microbatches
     stages, memory = make_stages(problem, order.layers)
-    best_s = now_s = order_step_s(stages, memory, M, order)
+    best_s = now_s = order_step_s(stages, memory, problem, order)
     now, best, new = _copy(order), _copy(order), _copy(order)
     first = 0 if problem.trains_first else 1
     for number in range(num_tries):
@@ -117,7 +121,7 @@ def anneal_order(problem: Problem, order: Order, num_tries: int, seed: int) -> t
                 break
         if moves:
             stages, memory = make_stages(problem, new.layers)
-        step_s = order_step_s(stages, memory, M, new)
+        step_s = order_step_s(stages, memory, problem, new)
         if step_s <= now_s - heat * best_s * np.log(1.0 - np.random.random()):
             _set(now, new)
             now_s = step_s

@@ -36,6 +36,7 @@ class Problem(NamedTuple):
         byte_s: [P, P] seconds that a byte takes.
         num_microbatches: of the step.
         trains_first: whether the first layer makes an input gradient.
+        blocking: whether transfers hold up both of their devices.
     """
 
     seconds: np.ndarray
@@ -49,9 +50,12 @@ class Problem(NamedTuple):
     byte_s: np.ndarray
     num_microbatches: int
     trains_first: bool
+    blocking: bool
 
     @classmethod
-    def of(cls, costs: Costs, cluster: Cluster, num_microbatches: int) -> Self:
+    def of(
+        cls, costs: Costs, cluster: Cluster, num_microbatches: int, *, blocking: bool = False
+    ) -> Self:
         """Return the arrays.
 
         Tied parameters count with each of their layers, as if on devices of their own: two of them
@@ -82,6 +86,7 @@ class Problem(NamedTuple):
             byte_s=between * np.array([[1 / link.bytes_per_s for link in row] for row in links]),
             num_microbatches=num_microbatches,
             trains_first=costs.makes_input_grad(range(1)),
+            blocking=blocking,
         )
 
     @property

@@ -1,5 +1,6 @@
 """Candidates and their list schedules, beside the simulator that knows nothing of them."""
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -88,3 +89,19 @@ def test_memory_is_kept_or_there_is_no_step(seed: int) -> None:
     plan = to_plan(problem, order_of(problem, candidate), [layer.name for layer in costs.layers])
     for curve in simulate(plan, costs, cluster).memory:
         assert curve.peak_bytes <= 40
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_blocking_transfers_take_what_the_simulator_says(seed: int) -> None:
+    costs, cluster, candidate, num_microbatches = _case(seed)
+    rng = Random(seed)
+    names = "forward_s", "backward_s", "weight_grad_s"
+    layers = (  # so that no two tasks start at one time
+        replace(x, **{name: getattr(x, name) + 0.1 + rng.random() for name in names})
+        for x in costs.layers
+    )
+    costs = replace(costs, layers=tuple(layers))
+    problem = Problem.of(costs, cluster, num_microbatches, blocking=True)
+    step_s, _ = step_s_of(problem, candidate, np.inf, NO_ORDER)
+    plan = to_plan(problem, order_of(problem, candidate), [layer.name for layer in costs.layers])
+    assert step_s == pytest.approx(simulate(plan, costs, cluster, blocking=True).step_s, rel=1e-12)

@@ -22,7 +22,7 @@ def test_of_small_cases_hardly_any_plan_is_shorter() -> None:
     lengths = []
     for seed in range(NUM_CASES):
         costs, cluster, num_microbatches = tiny_case(seed)
-        plan = best_plan(costs, cluster, num_microbatches, time_limit_s=0.05)
+        plan = best_plan(costs, cluster, num_microbatches, time_limit_s=0.05, blocking=False)
         found_s = simulate(plan, costs, cluster).step_s
         shortest, _ = shortest_s(
             costs, cluster, num_microbatches, found_s * (1 + 1e-9), max_nodes=50_000
