@@ -41,10 +41,10 @@ from experiments.predicted_step import (
 from experiments.refused import refused_plainly
 from experiments.search_bar import search_bar
 from experiments.step_outputs import HTML_OUTPUT, JSON_OUTPUT, STEP_OUTPUTS, has_folder
-from experiments.tried import BASE, BASELINES, Tried, attempt
+from experiments.tried import BASE, Tried, attempt
 from experiments.wide_console import wide_console
 from jaxptis.cluster import Cluster
-from jaxptis.make_plan import ADAPTIS, BEST, make_plan
+from jaxptis.make_plan import ADAPTIS, BASELINES, BEST, make_plan
 from jaxptis.optimizer import best_plan
 from jaxptis.optimizer.certificate import Certificate, certify
 from jaxptis.performance import Costs

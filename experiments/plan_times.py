@@ -19,9 +19,9 @@ from absl import app, flags
 
 from experiments.predicted_step import predicted
 from experiments.published import published_costs
-from experiments.tried import BASELINES, attempt
+from experiments.tried import attempt
 from jaxptis.cluster import Cluster, DeviceSpec
-from jaxptis.make_plan import ADAPTIS
+from jaxptis.make_plan import ADAPTIS, BASELINES
 from jaxptis.optimizer import best_plan
 from jaxptis.performance import Costs
 

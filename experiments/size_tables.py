@@ -24,10 +24,10 @@ from rich.text import Text
 
 from experiments.predicted_step import new_table, predicted, why_it_does_not_fit
 from experiments.size_costs import DEVICE, size_costs
-from experiments.tried import BASE, BASELINES, Tried, attempt, recomputing
+from experiments.tried import BASE, Tried, attempt, recomputing
 from experiments.wide_console import wide_console
 from jaxptis.cluster import Cluster, Link
-from jaxptis.make_plan import ADAPTIS, BEST
+from jaxptis.make_plan import ADAPTIS, BASELINES, BEST
 from jaxptis.optimizer import best_plan
 from jaxptis.optimizer.balance import check_fills_devices
 from jaxptis.optimizer.certificate import certify

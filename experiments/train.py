@@ -57,8 +57,8 @@ NUM_MICROBATCHES = flags.DEFINE_integer(
 )
 STRATEGY = flags.DEFINE_string(
     "strategy",
-    "1f1b",
-    "A schedule such as 1f1b or zb-v, best to search for one, or the path of a plan file.",
+    "best",
+    "best, which searches for a plan; a schedule such as 1f1b or zb-v; or the path of a plan file.",
 )
 ADAPT_EVERY = flags.DEFINE_integer(
     "adapt_every",

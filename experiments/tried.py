@@ -4,11 +4,9 @@ import dataclasses
 
 from experiments.predicted_step import PredictedStep, predicted, why_it_does_not_fit
 from jaxptis.cluster import Cluster
-from jaxptis.make_plan import MIST, make_plan
+from jaxptis.make_plan import make_plan
 from jaxptis.performance import Costs
-from jaxptis.schedules import FAMILIES, PARTITIONS
 
-BASELINES = (*(f"{name}(partition={how})" for name in FAMILIES for how in PARTITIONS), MIST)
 BASE = "interleaved(partition=uniform)"  # Megatron-LM's, to which others are compared
 
 

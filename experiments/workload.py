@@ -99,7 +99,12 @@ def measured_workload(
     params = jax.jit(module.init)(jax.random.key(seed), tokens[:1])["params"]
     batch = {"tokens": tokens}
     pipelined = jaxptis.pipeline(
-        loss_fn, num_microbatches=num_microbatches, devices=devices, has_aux=True, costs="measured"
+        loss_fn,
+        strategy="1f1b",
+        num_microbatches=num_microbatches,
+        devices=devices,
+        has_aux=True,
+        costs="measured",
     )
     costs = pipelined.bind(None, params, batch).compiled.pipeline.analysis.costs
     return Workload(

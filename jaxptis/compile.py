@@ -129,17 +129,32 @@ def compile_pipeline(
 
     The `previous` plan, made for other shapes, is kept if the layers are the same.
     """
-    analysis = analyse(loss_fn, params, batch, options, given=given)
-    layers = tuple(layer.name for layer in analysis.graph.layers)
-    if previous is not None and previous.layers == layers:
-        return build(analysis, previous)
-    plan = make_plan(
-        analysis.costs,
-        options.strategy,
-        cluster=analysis.cluster,
-        num_microbatches=options.num_microbatches,
-    )
-    return build(analysis, plan)
+    analyses = [
+        analyse(loss_fn, params, batch, options, given=given, head_slices=count)
+        for count in options.head_slices
+    ]
+    for analysis in analyses:
+        layers = tuple(layer.name for layer in analysis.graph.layers)
+        if previous is not None and previous.layers == layers:
+            return build(analysis, previous)
+    planned = [
+        (
+            analysis,
+            make_plan(
+                analysis.costs,
+                options.strategy,
+                cluster=analysis.cluster,
+                num_microbatches=options.num_microbatches,
+            ),
+        )
+        for analysis in analyses
+    ]
+    return build(*min(planned, key=_step_s))
+
+
+def _step_s(planned: tuple[Analysis, Plan]) -> float:
+    analysis, plan = planned
+    return simulate(plan, analysis.costs, analysis.cluster, blocking=True).step_s
 
 
 def analyse(
@@ -149,6 +164,7 @@ def analyse(
     options: Options,
     *,
     given: Given | None = None,
+    head_slices: int | None = None,
 ) -> Analysis:
     """Find the layers of a loss function and what they cost.
 
@@ -158,6 +174,7 @@ def analyse(
       batch: pytree of `jax.ShapeDtypeStruct`, the whole batch.
       options: what the user chose.
       given: the arrays, if they are there: layers may be measured on them.
+      head_slices: which of the user's choices to take; the first if None.
     """
     leaves = batch_leaves(batch, options)
     microbatch = jax.tree.unflatten(
@@ -167,7 +184,7 @@ def analyse(
 
     program, aux = trace(loss_fn, params, microbatch, has_aux=options.has_aux)
     dump.step("traced", program.text())
-    program = dataclasses.replace(program, head_slices=options.head_slices)
+    program = dataclasses.replace(program, head_slices=head_slices or options.head_slices[0])
     program = run(program, PROGRAM_PASSES, dump)
     graph = find_layers(program)
     dump.step("layers", graph.text())

@@ -22,12 +22,12 @@ def pipeline(
     *,
     num_microbatches: int,
     devices: Sequence[Any] | None = None,
-    strategy: Strategy = "1f1b",
+    strategy: Strategy = "best",
     batch_axes: Any = 0,
     has_aux: bool = False,
     cluster: Cluster | None = None,
     dump_to: str | None = None,
-    head_slices: int = 1,
+    head_slices: int | Sequence[int] = 1,
     costs: CostsSource = "estimated",
 ) -> Any:
     """Turn a loss function, or a Flax module class, into a pipeline; also used as a decorator.
@@ -59,7 +59,7 @@ def pipeline(
       strategy: the name of a schedule, perhaps with options, such as "1f1b", "zb-v" or
         "interleaved(v=3)", which balances the layers over its stages, or with the option
         "partition=uniform" puts as many in each; "best", which searches for the shortest predicted
-        step that fits the memory of the devices, for five to ten seconds; "adaptis", which tunes
+        step that fits the memory of the devices, for up to ten seconds; "adaptis", which tunes
         phase by phase, or "mist", which is "1f1b" with layers cut for it and for the memory; a
         `jaxptis.Plan`; or the path of a plan file, or of a schedule as a CSV file.
       batch_axes: the batch axis of each leaf of the batch: an int, None (such a leaf, say a
@@ -71,7 +71,8 @@ def pipeline(
       dump_to: folder for every form of the program on the way, as numbered text files.
       head_slices: parts of the vocabulary into which the matmul before a softmax cross-entropy is
         cut, each a layer of its own, so that several stages can share a large head. Of several
-        heads, such as DeepSeek-V3's for the next token and the one after, the last is cut.
+        heads, such as DeepSeek-V3's for the next token and the one after, the last is cut. Of
+        several numbers, the one whose plan has the shortest predicted step is taken.
       costs: what the layers take, by which they are balanced: "estimated" from what XLA counts in
         them; "measured", by running each kind of layer on the first device of every process; a
         `jaxptis.Costs`; or the path of a file that its `save` or a person wrote.
@@ -81,7 +82,8 @@ def pipeline(
     """
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches is {num_microbatches}; use 1 or more")
-    if head_slices < 1:
+    choices = (head_slices,) if isinstance(head_slices, int) else tuple(head_slices)
+    if min(choices, default=0) < 1:
         raise ValueError(f"head_slices is {head_slices}; use 1 to leave the head whole, or more")
 
     def options() -> Options:
@@ -114,7 +116,7 @@ def pipeline(
             has_aux=has_aux,
             cluster=known,
             dump_to=dump_to,
-            head_slices=head_slices,
+            head_slices=choices,
             costs=costs,
         )
 

@@ -28,6 +28,19 @@ BEST, ADAPTIS, MIST = PLANNERS = "best", "adaptis", "mist"
 """The strategies that choose more than an order: BEST searches, the others are published."""
 
 
+_DEEPER = [f"interleaved(v={v}, " for v in (3, 4)] + [f"hanayo(waves={n}, " for n in (2, 3)]
+BASELINES = (
+    *(
+        f"{name}partition={how})"
+        for name in (*(f"{family}(" for family in FAMILIES), *_DEEPER)
+        for how in PARTITIONS
+    ),
+    MIST,
+)
+"""All schedules, some with more stages on each device than by default, with either partition; and
+MIST."""
+
+
 def make_plan(costs: Costs, strategy: Strategy, *, cluster: Cluster, num_microbatches: int) -> Plan:
     """Make or check the plan for the layers that the costs are of.
 
@@ -55,8 +68,7 @@ def make_plan(costs: Costs, strategy: Strategy, *, cluster: Cluster, num_microba
 
 def _other_plans(costs: Costs, cluster: Cluster, num_microbatches: int) -> Iterator[Plan]:
     """Yield the plans of all other strategies that allow these numbers and fit the memory."""
-    families = (f"{name}(partition={how})" for name in FAMILIES for how in PARTITIONS)
-    for strategy in (*families, ADAPTIS, MIST):
+    for strategy in (*BASELINES, ADAPTIS):
         with contextlib.suppress(ValueError):
             yield make_plan(costs, strategy, cluster=cluster, num_microbatches=num_microbatches)
 

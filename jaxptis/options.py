@@ -23,5 +23,5 @@ class Options:
     has_aux: bool
     cluster: Cluster
     dump_to: str | None
-    head_slices: int = 1
+    head_slices: tuple[int, ...] = (1,)
     costs: CostsSource = "estimated"

@@ -33,7 +33,10 @@ def make_batch(size=8):
 
 def make_pipeline(loss=loss_fn, num_devices=2, **options):
     return jaxptis.pipeline(
-        loss, num_microbatches=2, devices=jax.devices()[:num_devices], **options
+        loss,
+        num_microbatches=2,
+        devices=jax.devices()[:num_devices],
+        **{"strategy": "1f1b", **options},
     )
 
 

@@ -34,7 +34,7 @@ def compiled(costs, **options):
         num_microbatches=2,
         devices=jax.devices()[:2],
         costs=costs,
-        **options,
+        **{"strategy": "1f1b", **options},
     )
     return pipelined.compile(make_params(2), make_batch())
 
@@ -67,7 +67,9 @@ def test_values_do_not_depend_on_the_costs():
 
 
 def test_by_default_costs_are_estimated():
-    pipelined = jaxptis.pipeline(loss_fn, num_microbatches=2, devices=jax.devices()[:2])
+    pipelined = jaxptis.pipeline(
+        loss_fn, strategy="1f1b", num_microbatches=2, devices=jax.devices()[:2]
+    )
     pipelined.compile(make_params(2), make_batch())
     assert (pipelined.costs.source, pipelined.costs.device) == ("estimated", "cpu")
     assert [layer.name for layer in pipelined.costs.layers] == list(LAYERS)
@@ -103,7 +105,7 @@ def test_measured_on_the_arrays_that_are_there(monkeypatch, are_here):
     params, batch = make_params(2), make_batch()
     given = (params, batch) if are_here else jax.eval_shape(lambda *x: x, params, batch)
     pipelined = jaxptis.pipeline(
-        loss_fn, num_microbatches=2, devices=jax.devices()[:2], costs="measured"
+        loss_fn, strategy="1f1b", num_microbatches=2, devices=jax.devices()[:2], costs="measured"
     )
     pipelined.compile(*given)
     (values,) = asked
@@ -118,7 +120,9 @@ def test_a_trainer_shows_its_costs():
             return linen.Dense(OUT)(linen.Dense(WIDTH)(x))
 
     costs = costs_of(1, 2, names=("Dense_1", "Dense_0"))  # the first to be called is made last
-    two = jaxptis.pipeline(num_microbatches=2, devices=jax.devices()[:1], costs=costs)(Two)
+    two = jaxptis.pipeline(
+        strategy="1f1b", num_microbatches=2, devices=jax.devices()[:1], costs=costs
+    )(Two)
     trainer = two().trainer(
         loss=lambda model, batch: ((model(batch["x"]) - batch["y"]) ** 2).mean(),
         optimizer=optax.sgd(0.1),

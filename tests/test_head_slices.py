@@ -56,7 +56,10 @@ def plain(make):
 
 def make_pipelined(loss, num_devices=2, **options):
     return jaxptis.pipeline(
-        loss, num_microbatches=2, devices=jax.devices()[:num_devices], **options
+        loss,
+        num_microbatches=2,
+        devices=jax.devices()[:num_devices],
+        **{"strategy": "1f1b", **options},
     )
 
 
@@ -94,3 +97,23 @@ def test_a_model_without_a_head():
     pipelined = make_pipelined(lambda w, x: ((x @ w) ** 2).mean(), head_slices=2)
     with pytest.raises(ValueError, match=r"needs a matmul .* set head_slices to 1"):
         pipelined.value_and_grad(np.ones((3, 2), np.float32), np.ones((4, 3), np.float32))
+
+
+def test_best_chooses_the_number_of_slices():
+    """A head of nearly all the work is cut, and the step stays the plain one."""
+    loss, params, batch = llama2()
+    names = {}
+    for choices in (1, (1, 4)):
+        pipelined = make_pipelined(loss, 4, head_slices=choices, strategy="best")
+        value, grads = pipelined.value_and_grad(params, batch)
+        step_s = pipelined.timeline.step_s
+        assert_close((value, grads), plain(llama2), rtol=RTOL)
+        names[choices] = len(pipelined.plan.layers), step_s
+    assert names[1, 4][0] == names[1][0] + 3
+    assert names[1, 4][1] < names[1][1]
+
+
+@pytest.mark.parametrize("choices", [(), (2, 0)])
+def test_no_slices_are_refused(choices):
+    with pytest.raises(ValueError, match="use 1 to leave the head whole"):
+        make_pipelined(lambda w, x: x, head_slices=choices)

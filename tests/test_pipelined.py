@@ -38,7 +38,7 @@ def make_pipelined(loss=loss_fn, *, num_devices=2, num_microbatches=2, **options
         loss,
         num_microbatches=num_microbatches,
         devices=jax.devices()[:num_devices],
-        **options,
+        **{"strategy": "1f1b", **options},
     )
 
 
@@ -251,7 +251,7 @@ def test_compile_from_types():
 def test_decorated_function():
     """By default on all devices; eight layers fill them."""
 
-    @jaxptis.pipeline(num_microbatches=2)
+    @jaxptis.pipeline(strategy="1f1b", num_microbatches=2)
     def loss(params, batch):
         return loss_fn(params, batch)
 
@@ -564,6 +564,7 @@ def test_scalars_take_the_dtype_of_what_they_meet():
     batch = {"x": normal(3, 4, 4), "scale": 3.0}
     pipelined = jaxptis.pipeline(
         loss,
+        strategy="1f1b",
         num_microbatches=2,
         devices=jax.devices()[:2],
         batch_axes={"x": 0, "scale": None},

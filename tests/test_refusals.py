@@ -24,7 +24,7 @@ def make_pipelined(loss=loss_fn, *, num_devices=2, num_microbatches=2, **options
         loss,
         num_microbatches=num_microbatches,
         devices=jax.devices()[:num_devices],
-        **options,
+        **{"strategy": "1f1b", **options},
     )
 
 
@@ -87,9 +87,11 @@ def test_microbatches_below_one(number):
 
 def test_devices_given_twice():
     first, second = jax.devices()[:2]
-    pipelined = jaxptis.pipeline(loss_fn, num_microbatches=2, devices=[first, second, first])
+    pipelined = jaxptis.pipeline(
+        loss_fn, strategy="1f1b", num_microbatches=2, devices=[first, second, first]
+    )
     refuse("3 devices are given, 2 of them different; give each device once", pipelined)
-    pipelined = jaxptis.pipeline(loss_fn, num_microbatches=2, devices=[])
+    pipelined = jaxptis.pipeline(loss_fn, strategy="1f1b", num_microbatches=2, devices=[])
     refuse("0 devices are given, 0 of them different; .* at least one", pipelined)
 
 

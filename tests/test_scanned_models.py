@@ -103,7 +103,9 @@ def perturbed(params, seed):
 
 
 def make_pipelined(loss, num_devices):
-    return jaxptis.pipeline(loss, num_microbatches=4, devices=jax.devices()[:num_devices])
+    return jaxptis.pipeline(
+        loss, strategy="1f1b", num_microbatches=4, devices=jax.devices()[:num_devices]
+    )
 
 
 def is_parts(leaf):
@@ -182,7 +184,7 @@ def check_training(trainer, loss, params, optimizer, num_devices):
 
 def decorate(cls, num_devices):
     devices = jax.devices()[:num_devices]
-    return jaxptis.pipeline(cls, num_microbatches=4, devices=devices)
+    return jaxptis.pipeline(cls, strategy="1f1b", num_microbatches=4, devices=devices)
 
 
 def test_training_linen():

@@ -46,7 +46,9 @@ def optimizer(request):
 
 
 def make_pipelined(loss=loss_fn, **options):
-    return jaxptis.pipeline(loss, num_microbatches=4, devices=jax.devices()[:4], **options)
+    return jaxptis.pipeline(
+        loss, num_microbatches=4, devices=jax.devices()[:4], **{"strategy": "1f1b", **options}
+    )
 
 
 @functools.cache
@@ -349,7 +351,7 @@ def model_loss(model, batch):
 
 
 def decorate(cls):
-    return jaxptis.pipeline(cls, num_microbatches=4, devices=jax.devices()[:4])
+    return jaxptis.pipeline(cls, strategy="1f1b", num_microbatches=4, devices=jax.devices()[:4])
 
 
 def check_trainer(trainer, key, loss, params, optimizer):

@@ -3,7 +3,16 @@
 import numpy as np
 
 from jaxptis.optimizer.anneal import step_s_of
-from jaxptis.optimizer.candidate import CUT, HOME, NUM_COLUMNS, WHOLE, WINDOW, Candidate, least_s
+from jaxptis.optimizer.candidate import (
+    CUT,
+    HOME,
+    NUM_COLUMNS,
+    RECOMPUTE,
+    WHOLE,
+    WINDOW,
+    Candidate,
+    least_s,
+)
 from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.list_kernel import Rule
 from jaxptis.optimizer.problem import B, F, Problem
@@ -48,6 +57,7 @@ def sample(
         layers[:, CUT] = max_stages >= L and np.random.random() < 0.1
         if crowded:
             layers[:, WHOLE] = np.random.randint(0, 2)
+            layers[:, RECOMPUTE] = np.random.random() < 0.3
             _draw_windows(layers, M, len(problem.speed))
         rule = Rule(
             np.random.random() < 0.6,

@@ -112,7 +112,10 @@ def test_memory_of_a_step_counts_all_that_it_holds():
         return jax.numpy.mean((x @ params["embedding"].T) ** 2)
 
     pipelined = jaxptis.pipeline(
-        loss_fn, num_microbatches=NUM_MICROBATCHES, devices=jax.devices()[:NUM_DEVICES]
+        loss_fn,
+        strategy="1f1b",
+        num_microbatches=NUM_MICROBATCHES,
+        devices=jax.devices()[:NUM_DEVICES],
     )
     step = pipelined.train_step(optax.adam(1e-3))
     state = step.init(params, batch)
@@ -125,7 +128,10 @@ def test_memory_of_a_step_counts_all_that_it_holds():
     for each, arrays in zip(pipelined.memory, measured, strict=True):
         assert each.peak_bytes - each.temporary_bytes <= arrays <= each.peak_bytes
     others = jaxptis.pipeline(
-        loss_fn, num_microbatches=NUM_MICROBATCHES, devices=jax.devices()[:NUM_DEVICES]
+        loss_fn,
+        strategy="1f1b",
+        num_microbatches=NUM_MICROBATCHES,
+        devices=jax.devices()[:NUM_DEVICES],
     )
     others.compile(params, batch)
     assert others.memory == pipelined.memory

@@ -194,7 +194,7 @@ def test_everything_is_compiled_before_the_first_step():
     """Shapes of its own, so that nothing is compiled before by another test."""
     batch = {k: x[:12] for k, x in make_batch().items()}
     pipelined = jaxptis.pipeline(
-        loss_fn, num_microbatches=NUM_MICROBATCHES, devices=jax.devices()[:4]
+        loss_fn, strategy="1f1b", num_microbatches=NUM_MICROBATCHES, devices=jax.devices()[:4]
     )
     step = pipelined.train_step(OPTIMIZERS["clipped"])
     with counted_compilations() as compiled:
@@ -215,7 +215,7 @@ def test_everything_is_compiled_before_the_first_step():
 def test_the_gradient_is_compiled_before_it_is_computed():
     params, batch = make_params(), {k: x[:18] for k, x in make_batch().items()}
     pipelined = jaxptis.pipeline(
-        loss_fn, num_microbatches=NUM_MICROBATCHES, devices=jax.devices()[:4]
+        loss_fn, strategy="1f1b", num_microbatches=NUM_MICROBATCHES, devices=jax.devices()[:4]
     )
     pipelined.compile(params, batch)
     with counted_compilations() as compiled:
@@ -307,7 +307,7 @@ def test_what_a_forward_saves_lives_until_its_backward():
     """As above, with a model whose forwards save more than what crosses."""
 
     pipelined = jaxptis.pipeline(
-        small_models.loss_fn, num_microbatches=6, devices=jax.devices()[:3]
+        small_models.loss_fn, strategy="1f1b", num_microbatches=6, devices=jax.devices()[:3]
     )
     call = pipelined.bind(None, small_models.make_params(2), small_models.make_batch(12))
     gradient = call.compiled.gradient_step.executable

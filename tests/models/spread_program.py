@@ -22,7 +22,9 @@ SAVE_TO = flags.DEFINE_string("save_to", None, "Folder for the checkpoint.")
 
 
 def main(argv):
-    pipeline = jaxptis.pipeline(num_microbatches=2, devices=distributed.join(3), head_slices=2)
+    pipeline = jaxptis.pipeline(
+        strategy="1f1b", num_microbatches=2, devices=distributed.join(3), head_slices=2
+    )
     # The head is most of the work, so that two devices share it, and the third has the rest.
     module = pipeline(MODELS["llama2"].module)(dataclasses.replace(LLAMA2, vocab_size=4096))
     trainer = module.trainer(loss=next_token_loss, optimizer=optax.sgd(0.1))

@@ -176,7 +176,9 @@ def deep(tmp_path_factory):
 
 
 def make_trainer(module, **options):
-    pipeline = jaxptis.pipeline(num_microbatches=2, devices=jax.devices()[:2], **options)
+    pipeline = jaxptis.pipeline(
+        num_microbatches=2, devices=jax.devices()[:2], **{"strategy": "1f1b", **options}
+    )
     return pipeline(type(module))(module.config).trainer(
         loss=next_token_loss, optimizer=optax.adam(1e-2)
     )
