@@ -1,8 +1,16 @@
 """Plans models whose layer times the authors of AdaPtis published, beside what their planner found.
 
 python -m experiments.plan_tables --json_output=experiments/results/plan_tables.json
+python -m experiments.plan_tables --stages_per_device=4 \
+    --json_output=experiments/results/plan_tables_4P.json
+python -m experiments.plan_tables --memory_of_1f1b --sizes=4x8,4x16,8x16,8x32,16x32,16x64 \
+    --json_output=experiments/results/plan_tables_memory.json
+python -m experiments.plan_tables --head_slices=1,2,3,4,6,8 --sizes=16x32 \
+    --models=nemotron-nano-v2-9B,nemotron-h-4B,nemotron-h-8B,llama3-8B \
+    --json_output=experiments/results/plan_tables_head_slices.json
 
-Links are free, as theirs are. Ratios are another's step over ours: above 1, ours is shorter.
+Links are free, as theirs are. Ratios are another's step over ours: above 1, ours is shorter. A gap
+is by what fraction ours is longer than what is proven to be shorter than any.
 """
 
 import json
@@ -18,14 +26,18 @@ from absl import app, flags
 from experiments.published import PublishedPlan, published_costs, published_plans
 from jaxptis.cluster import Cluster, DeviceSpec
 from jaxptis.optimizer.best import to_plan
+from jaxptis.optimizer.certificate import certify
 from jaxptis.optimizer.polish import order_of
 from jaxptis.optimizer.problem import Problem
 from jaxptis.optimizer.search import STAGES_PER_DEVICE, search
-from jaxptis.performance import simulate
+from jaxptis.performance import Costs, simulate
 
 OTHERS = "tuned", "any_tuned", "1f1b"
 """Their planner's plan with as many stages on each device, the shorter of that and of one with any
 number of stages, and 1F1B of a uniform partition."""
+
+_SECONDS = "forward_s", "backward_s", "input_grad_s", "weight_grad_s"
+_NEVER_S = 1e6
 
 SIZES = flags.DEFINE_list("sizes", ["4x8", "4x16", "8x16", "16x32"], "Devices x microbatches.")
 MODELS = flags.DEFINE_list("models", None, "By default all that were published.")
@@ -36,6 +48,11 @@ STAGES = flags.DEFINE_integer(
 )
 MEMORY_OF_1F1B = flags.DEFINE_bool(
     "memory_of_1f1b", False, "Limit devices to what 1F1B needs on its fullest, as published."
+)
+HEAD_SLICES = flags.DEFINE_list(
+    "head_slices",
+    ["1"],
+    "Into how many slices a head may be cut: of k each takes 1/k of it, and 2 % more.",
 )
 JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the rows and their means.")
 
@@ -58,7 +75,9 @@ def main(argv: Sequence[str]) -> None:
 
 def write(rows: Sequence[dict[str, Any]], path: str) -> None:
     """Writes the rows so far, so that they outlive an interruption."""
-    settings = {flag.name: flag.value for flag in (TIME_LIMIT_S, STAGES, MEMORY_OF_1F1B)}
+    settings = {
+        flag.name: flag.value for flag in (TIME_LIMIT_S, STAGES, MEMORY_OF_1F1B, HEAD_SLICES)
+    }
     text = json.dumps({"settings": settings, "means": means(rows), "rows": rows}, indent=1)
     Path(path).write_text(text + "\n")
 
@@ -86,45 +105,70 @@ def plan_row(others: Mapping[str, PublishedPlan], seed: int) -> dict[str, Any]:
     """Returns what the search finds for the model and size of published plans, beside them."""
     first = others["tuned"]
     num_devices, num_microbatches = first.num_devices, first.num_microbatches
-    costs, memory_bytes = published_costs(first.model), None
-    if MEMORY_OF_1F1B.value:  # it is released at W
-        costs = replace(
-            costs, layers=tuple(replace(x, kept_bytes=x.saved_bytes) for x in costs.layers)
-        )
-        memory_bytes = max(others["1f1b"].in_flight)
+    memory_bytes = max(others["1f1b"].in_flight) if MEMORY_OF_1F1B.value else None
     device = DeviceSpec(
         kind="published", flops_per_s=1.0, bytes_per_s=1.0, memory_bytes=memory_bytes
     )
-    problem = Problem.of(costs, Cluster((device,) * num_devices), num_microbatches)
-    began_s = time.perf_counter()
-    found = search(
-        problem,
-        time_limit_s=TIME_LIMIT_S.value,
-        seed=seed,
-        stages_per_device=STAGES.value,
-    )[0]
-    took_s = time.perf_counter() - began_s
-    plan = to_plan(
-        problem, order_of(problem, found.candidate), [layer.name for layer in costs.layers]
-    )
-    step_s = simulate(plan, costs).step_s
+    cluster = Cluster((device,) * num_devices)
+    found, took_s = [], 0.0
+    for count in map(int, HEAD_SLICES.value):
+        costs = with_head_slices(published_costs(first.model), count)
+        if MEMORY_OF_1F1B.value:
+            costs = held_until_weights(costs)
+        problem = Problem.of(costs, cluster, num_microbatches)
+        bound_s = certify(costs, cluster, num_microbatches).bound_s
+        began_s = time.perf_counter()
+        candidate = search(
+            problem,
+            time_limit_s=TIME_LIMIT_S.value,
+            seed=seed,
+            stages_per_device=STAGES.value,
+            enough_s=bound_s,
+        )[0].candidate
+        took_s += time.perf_counter() - began_s
+        names = [layer.name for layer in costs.layers]
+        plan = to_plan(problem, order_of(problem, candidate), names)
+        found.append((simulate(plan, costs).step_s, bound_s, len(plan.stages), count))
+    step_s, bound_s, num_stages, count = min(found)
     return {
         "step_ms": round(step_s * 1e3, 2),
         **{f"over_{name}": round(each.makespan_s / step_s, 4) for name, each in others.items()},
-        "num_stages": len(plan.stages),
+        "gap": round(step_s / bound_s - 1, 5),
+        "num_stages": num_stages,
+        "head_slices": count,
         "search_s": round(took_s, 1),
     }
 
 
+def with_head_slices(costs: Costs, count: int) -> Costs:
+    """Returns costs whose last layer is cut, if it is."""
+    if count == 1:
+        return costs
+    *layers, head = costs.layers
+    part = 1 / count + 0.02
+    seconds = {name: part * getattr(head, name) for name in _SECONDS}
+    slices = (replace(head, name=f"{head.name}/{k}", **seconds) for k in range(count))
+    return replace(costs, layers=(*layers, *slices))
+
+
+def held_until_weights(costs: Costs) -> Costs:
+    """Returns costs whose memory is as published: held until W, and never computed again."""
+    layers = (replace(x, kept_bytes=x.saved_bytes, recompute_s=_NEVER_S) for x in costs.layers)
+    return replace(costs, layers=tuple(layers))
+
+
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the geometric means of the ratios for each size, and the least over tuned."""
+    """Returns geometric means of the ratios for each size, the least over tuned, and the gap."""
     sizes: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         sizes.setdefault(row["size"], []).append(row)
     return [
         {"size": size, "num_rows": len(of_size)}
         | {f"mean_over_{name}": _mean(row[f"over_{name}"] for row in of_size) for name in OTHERS}
-        | {"least_over_tuned": min(row["over_tuned"] for row in of_size)}
+        | {
+            "least_over_tuned": min(row["over_tuned"] for row in of_size),
+            "largest_gap": max(row["gap"] for row in of_size),
+        }
         for size, of_size in sizes.items()
     ]
 
