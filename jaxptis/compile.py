@@ -16,6 +16,7 @@ from jaxptis.options import Options
 from jaxptis.parts import Cuts, is_parts
 from jaxptis.performance import Costs, Timeline, simulate
 from jaxptis.plan import Plan
+from jaxptis.processes import Processes
 from passes import PROGRAM_PASSES, STAGE_PASSES
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
@@ -137,19 +138,27 @@ def compile_pipeline(
         layers = tuple(layer.name for layer in analysis.graph.layers)
         if previous is not None and previous.layers == layers:
             return build(analysis, previous)
-    planned = [
-        (
-            analysis,
-            make_plan(
-                analysis.costs,
-                options.strategy,
-                cluster=analysis.cluster,
-                num_microbatches=options.num_microbatches,
-            ),
+    return build(*min(((each, _plan(each)) for each in analyses), key=_step_s))
+
+
+def _plan(analysis: Analysis) -> Plan:
+    """Plan in the first process for all: by other processors' arithmetic other plans are best."""
+    options = analysis.options
+
+    def plan() -> Plan:
+        return make_plan(
+            analysis.costs,
+            options.strategy,
+            cluster=analysis.cluster,
+            num_microbatches=options.num_microbatches,
         )
-        for analysis in analyses
-    ]
-    return build(*min(planned, key=_step_s))
+
+    if jax.process_count() == 1:
+        return plan()
+    processes = Processes(options.devices)
+    names = " ".join(layer.name for layer in analysis.graph.layers)
+    processes.check_same("layers and microbatches", f"{options.num_microbatches} {names}")
+    return Plan.parse(processes.of_first(lambda: plan().text()))
 
 
 def _step_s(planned: tuple[Analysis, Plan]) -> float:

@@ -8,11 +8,12 @@ import collections
 import functools
 import hashlib
 import itertools
+import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +78,25 @@ class Processes:
     def share(self, text: str) -> list[str]:
         """Wait for the others, and return the texts of all processes, in order."""
         return [text] if self._run is None else self._run.share(text)
+
+    def of_first(self, make: Callable[[], str]) -> str:
+        """Return what `make` gives in the first process, where alone it runs; wait for it.
+
+        Raises:
+          ValueError: there `make` raised it.
+        """
+        if self._run is None:
+            return make()
+        text = error = ""
+        if jax.process_index() == 0:
+            try:
+                text = make()
+            except ValueError as raised:
+                error = str(raised)
+        text, error = json.loads(self.share(json.dumps([text, error]))[0])
+        if error:
+            raise ValueError(error)
+        return text
 
     def wait_for_all(self) -> None:
         """Wait until the others are here."""

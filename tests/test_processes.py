@@ -61,7 +61,7 @@ def test_results_are_those_of_one_process(count, strategy, embeddings, tmp_path)
         (
             2,
             "differs",
-            f"the instructions of a training step of process 0 and of process {FAILING} differ",
+            f"the layers and microbatches of process 0 and of process {FAILING} differ",
         ),
     ],
 )
