@@ -103,6 +103,7 @@ def settings() -> Json:
     """Returns what holds for all rows."""
     return {
         "time_limit_s": TIME_LIMIT_S.value,
+        "strategies": [*BASELINES, ADAPTIS],
         "memory_bytes": MEMORY_BYTES,
         "microbatches_per_device": MICROBATCHES,
         "devices_per_node": NODE,

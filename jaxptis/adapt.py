@@ -70,7 +70,9 @@ class Adaptation:
                 f"{self.num_compilations} programs were compiled for it"
             )
         else:
-            lines.append(f"no other order of these stages is shorter than this, {before} a step")
+            lines.append(
+                f"no order of these stages was found that is 2 % shorter than this, {before} a step"
+            )
         if self.other_s < self.after_s * _WORTH_SAYING:
             lines.append(
                 f"other stages would take {other}, {1 - self.other_s / self.after_s:.1%} less: "

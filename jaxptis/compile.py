@@ -1,6 +1,8 @@
 """The whole journey, from a loss function to the programs of its stages."""
 
 import dataclasses
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from jaxptis.microbatches import aux_axes, batch_leaves
 from jaxptis.options import Options
 from jaxptis.parts import Cuts, is_parts
 from jaxptis.performance import Costs, Timeline, simulate
+from jaxptis.performance.check_memory import check_memory
 from jaxptis.plan import Plan
 from jaxptis.processes import Processes
 from passes import PROGRAM_PASSES, STAGE_PASSES
@@ -130,15 +133,24 @@ def compile_pipeline(
 
     The `previous` plan, made for other shapes, is kept if the layers are the same.
     """
-    analyses = [
-        analyse(loss_fn, params, batch, options, given=given, head_slices=count)
-        for count in options.head_slices
-    ]
-    for analysis in analyses:
-        layers = tuple(layer.name for layer in analysis.graph.layers)
-        if previous is not None and previous.layers == layers:
-            return build(analysis, previous)
-    return build(*min(((each, _plan(each)) for each in analyses), key=_step_s))
+    planned: list[tuple[Analysis, Plan]] = []
+    errors: list[ValueError] = []
+    for count in options.head_slices:
+        chosen = dataclasses.replace(options, head_slices=(count,))
+        if options.dump_to is not None and len(options.head_slices) > 1:
+            folder = os.path.join(options.dump_to, f"head_slices_{count}")
+            chosen = dataclasses.replace(chosen, dump_to=folder)
+        try:
+            analysis = analyse(loss_fn, params, batch, chosen, given=given)
+            layers = tuple(layer.name for layer in analysis.graph.layers)
+            if previous is not None and previous.layers == layers:
+                return build(analysis, previous)
+            planned.append((analysis, _plan(analysis)))
+        except ValueError as error:
+            errors.append(error)
+    if not planned:
+        raise errors[0]
+    return build(*(planned[0] if len(planned) == 1 else min(planned, key=_step_s)))
 
 
 def _plan(analysis: Analysis) -> Plan:
@@ -162,8 +174,14 @@ def _plan(analysis: Analysis) -> Plan:
 
 
 def _step_s(planned: tuple[Analysis, Plan]) -> float:
+    """Return the step of a plan; infinite if a device has too little memory."""
     analysis, plan = planned
-    return simulate(plan, analysis.costs, analysis.cluster, blocking=True).step_s
+    timeline = simulate(plan, analysis.costs, analysis.cluster, blocking=True)
+    try:
+        check_memory(timeline, analysis.cluster)
+    except ValueError:
+        return math.inf
+    return timeline.step_s
 
 
 def analyse(
@@ -173,7 +191,6 @@ def analyse(
     options: Options,
     *,
     given: Given | None = None,
-    head_slices: int | None = None,
 ) -> Analysis:
     """Find the layers of a loss function and what they cost.
 
@@ -183,7 +200,6 @@ def analyse(
       batch: pytree of `jax.ShapeDtypeStruct`, the whole batch.
       options: what the user chose.
       given: the arrays, if they are there: layers may be measured on them.
-      head_slices: which of the user's choices to take; the first if None.
     """
     leaves = batch_leaves(batch, options)
     microbatch = jax.tree.unflatten(
@@ -193,7 +209,7 @@ def analyse(
 
     program, aux = trace(loss_fn, params, microbatch, has_aux=options.has_aux)
     dump.step("traced", program.text())
-    program = dataclasses.replace(program, head_slices=head_slices or options.head_slices[0])
+    program = dataclasses.replace(program, head_slices=options.head_slices[0])
     program = run(program, PROGRAM_PASSES, dump)
     graph = find_layers(program)
     dump.step("layers", graph.text())

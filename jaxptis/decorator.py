@@ -56,12 +56,13 @@ def pipeline(
       devices: the pipeline's devices, in order; by default all that JAX sees. Under
         `jax.distributed` each process must have some of them, and makes the same calls with equal
         arguments: whole batches, of which it puts what its own devices read.
-      strategy: the name of a schedule, perhaps with options, such as "1f1b", "zb-v" or
-        "interleaved(v=3)", which balances the layers over its stages, or with the option
-        "partition=uniform" puts as many in each; "best", which searches for the shortest predicted
-        step that fits the memory of the devices, for up to ten seconds; "adaptis", which tunes
-        phase by phase, or "mist", which is "1f1b" with layers cut for it and for the memory; a
-        `jaxptis.Plan`; or the path of a plan file, or of a schedule as a CSV file.
+      strategy: "best", which searches for the shortest predicted step that fits the memory of the
+        devices, for some ten seconds, and does not know of the optimizer's state; the name of a
+        schedule, perhaps with options, such as "1f1b", "zb-v" or "interleaved(v=3)", which balances
+        the layers over its stages, or with the option "partition=uniform" puts as many in each;
+        "adaptis", which tunes phase by phase, or "mist", which is "1f1b" with layers cut for it and
+        for the memory; a `jaxptis.Plan`; or the path of a plan file, or of a schedule as a CSV
+        file.
       batch_axes: the batch axis of each leaf of the batch: an int, None (such a leaf, say a
         dropout key, is given whole to every microbatch), or a tree prefix of these.
       has_aux: whether the loss function also returns an auxiliary output. Of a leaf that grows
@@ -72,7 +73,8 @@ def pipeline(
       head_slices: parts of the vocabulary into which the matmul before a softmax cross-entropy is
         cut, each a layer of its own, so that several stages can share a large head. Of several
         heads, such as DeepSeek-V3's for the next token and the one after, the last is cut. Of
-        several numbers, the one whose plan has the shortest predicted step is taken.
+        several numbers, the one whose plan has the shortest predicted step is taken; those with
+        which there is no plan are left out.
       costs: what the layers take, by which they are balanced: "estimated" from what XLA counts in
         them; "measured", by running each kind of layer on the first device of every process; a
         `jaxptis.Costs`; or the path of a file that its `save` or a person wrote.
@@ -82,7 +84,7 @@ def pipeline(
     """
     if num_microbatches < 1:
         raise ValueError(f"num_microbatches is {num_microbatches}; use 1 or more")
-    choices = (head_slices,) if isinstance(head_slices, int) else tuple(head_slices)
+    choices = tuple(head_slices) if isinstance(head_slices, Sequence) else (head_slices,)
     if min(choices, default=0) < 1:
         raise ValueError(f"head_slices is {head_slices}; use 1 to leave the head whole, or more")
 

@@ -58,7 +58,7 @@ def blocking_step_s(
     # The transfers that stand before each position, as chains.
     made = np.zeros((len(home), 2, num_microbatches), np.int64)
     first, last = np.full(N, -1), np.full(N, -1)
-    following = np.full(N, -1)  # of the transfer that task i waits for
+    following = np.full(N, -1)  # by reader: the next transfer at the same place
     for i in range(N):
         s, kind, m = order[i]
         if kind == W:

@@ -24,7 +24,9 @@ from jaxptis.optimizer.list_kernel import B, F, I, Stages, W, list_step_s
 from jaxptis.optimizer.problem import Problem
 
 _HOT, _COLD = 0.03, 0.02  # at the start, of the step; at the end, of that
-_TRIES = 100_000  # about 0.1 s
+_NO_ORDER = np.empty((0, 3), np.int64)
+_MOST_TRIES = 100_000
+_WORTH_CUTTING = 0.995  # of the step; below, its layers may be stages of their own
 
 
 class Order(NamedTuple):
@@ -50,19 +52,30 @@ def order_of(problem: Problem, candidate: Candidate) -> Order:
     return Order(candidate.layers, tasks, np.array([num_tasks]))
 
 
-def polished(problem: Problem, candidate: Candidate, seed: int) -> Order:
-    """Return an order that is at least as good as the candidate's; every layer may be a stage."""
+def polished(problem: Problem, candidate: Candidate, num_tasks: int, seed: int) -> Order:
+    """Return an order that is at least as good as the candidate's; every layer may be a stage.
+
+    Args:
+        problem: what to plan.
+        candidate: a possible one.
+        num_tasks: to look at.
+        seed: of what is drawn.
+    """
     layers = candidate.layers.copy()
     for layer in range(1, len(layers)):
         begins = begins_stage(candidate.layers, layer)
         if not begins:
             layers[layer] = layers[layer - 1]
         layers[layer, CUT] = begins or problem.start_s == 0
-    changed, step_s = anneal_order(
-        problem, order_of(problem, candidate._replace(layers=layers)), _TRIES, seed
-    )
-    before_s, _ = step_s_of(problem, candidate, np.inf, np.empty((0, 3), np.int64))
-    return changed if step_s < before_s else order_of(problem, candidate)
+    before_s, _ = step_s_of(problem, candidate, np.inf, _NO_ORDER)
+    cut_s, _ = step_s_of(problem, candidate._replace(layers=layers), np.inf, _NO_ORDER)
+    order = order_of(problem, candidate)
+    if cut_s == np.inf:  # stages of their own may need more memory
+        return order
+    num_tries = min(_MOST_TRIES, num_tasks // int(order.num[0]))
+    start = order_of(problem, candidate._replace(layers=layers))
+    changed, step_s = anneal_order(problem, start, num_tries, seed)
+    return changed if step_s < before_s * _WORTH_CUTTING else order
 
 
 @compiled

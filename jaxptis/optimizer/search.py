@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from typing import NamedTuple
 
 from jaxptis.optimizer.anneal import Limits, anneal
@@ -23,7 +24,7 @@ STAGES_PER_DEVICE = 12
 
 
 class Found(NamedTuple):
-    """A candidate, and the seconds of its step where transfers hold up nobody."""
+    """A candidate, and the seconds of its step."""
 
     step_s: float
     candidate: Candidate
@@ -46,7 +47,8 @@ def search(
         seed: the same seed finds the same.
         stages_per_device: the most of a candidate, on average.
         enough_s: a step as short as this ends the search.
-        on_progress: is told now and then which fraction is done, and the shortest step so far.
+        on_progress: is told now and then which fraction is done, and the shortest step so far;
+            infinite if there is none.
     """
     most = min(problem.num_layers, stages_per_device * problem.num_devices)
     num_tasks = min(
@@ -56,8 +58,9 @@ def search(
     found = _drawn(problem, int(_DRAWN * num_tasks), most, seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, (num_kept, heat) in enumerate(_ROUNDS):
-            if on_progress and found:
-                on_progress(_DRAWN + (1 - _DRAWN) * number / len(_ROUNDS), found[0].step_s)
+            if on_progress:
+                shortest_s = found[0].step_s if found else inf
+                on_progress(_DRAWN + (1 - _DRAWN) * number / len(_ROUNDS), shortest_s)
             if not found or found[0].step_s <= enough_s:
                 break
             best = found[:num_kept]

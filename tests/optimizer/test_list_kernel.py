@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from jaxptis.cluster import Cluster
+from jaxptis.cluster import Cluster, Link
 from jaxptis.optimizer.anneal import step_s_of
 from jaxptis.optimizer.best import to_plan
 from jaxptis.optimizer.candidate import (
@@ -101,6 +101,7 @@ def test_blocking_transfers_take_what_the_simulator_says(seed: int) -> None:
         for x in costs.layers
     )
     costs = replace(costs, layers=tuple(layers))
+    cluster = Cluster(cluster.devices, Link(latency_s=rng.random(), bytes_per_s=rng.random() + 1))
     problem = Problem.of(costs, cluster, num_microbatches, blocking=True)
     step_s, _ = step_s_of(problem, candidate, np.inf, NO_ORDER)
     plan = to_plan(problem, order_of(problem, candidate), [layer.name for layer in costs.layers])
