@@ -25,7 +25,7 @@ from jaxptis.optimizer.problem import Problem
 
 _HOT, _COLD = 0.03, 0.02  # at the start, of the step; at the end, of that
 _NO_ORDER = np.empty((0, 3), np.int64)
-_MOST_TRIES = 100_000
+_MOST_TRIES = 50_000
 _WORTH_CUTTING = 0.995  # of the step; below, its layers may be stages of their own
 
 
