@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "jaxptis.compile": {
         *PLANNING,
         *("jaxptis.options", "jaxptis.make_plan", "jaxptis.choose_costs"),
-        *("jaxptis.microbatches", "jaxptis.parts"),
+        *("jaxptis.microbatches", "jaxptis.parts", "jaxptis.processes"),
         *("jaxptis.executor", "passes"),
     },
     "jaxptis": {"jaxptis", "passes"},
