@@ -40,7 +40,8 @@ def values(folder):
 def test_training_writes_its_results(tmp_path):
     results_path = tmp_path / "results.json"
     dump_path = tmp_path / "dump"
-    run = train("--num_steps=2", f"--json_output={results_path}", f"--dump_to={dump_path}")
+    outputs = f"--json_output={results_path}", f"--dump_to={dump_path}"
+    run = train("--num_steps=2", "--strategy=1f1b", *outputs)
     assert run.returncode == 0, run.stderr
     results = json.loads(results_path.read_text())
     assert results["settings"]["num_microbatches"] == 2
