@@ -42,7 +42,7 @@ _NEVER_S = 1e6
 SIZES = flags.DEFINE_list("sizes", ["4x8", "4x16", "8x16", "16x32"], "Devices x microbatches.")
 MODELS = flags.DEFINE_list("models", None, "By default all that were published.")
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Of the search; each makes a row.")
-TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 10.0, "Of each search.", lower_bound=0.1)
+TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 5.0, "Of each search.", lower_bound=0.1)
 STAGES = flags.DEFINE_integer(
     "stages_per_device", STAGES_PER_DEVICE, "The most of a plan, on average.", lower_bound=1
 )
