@@ -66,15 +66,17 @@ def splits_some(plan):
     )
 
 
-@pytest.mark.parametrize("strategy", ["gpipe", "hanayo", "both kinds of backward"])
-def test_training_goes_on_in_another_order_without_a_compilation(strategy, monkeypatch):
+@pytest.mark.parametrize(
+    ("strategy", "slow"), [("gpipe", 0), ("hanayo", 3), ("both kinds of backward", 0)]
+)
+def test_training_goes_on_in_another_order_without_a_compilation(strategy, slow, monkeypatch):
     if strategy == "both kinds of backward":
         pipelined, _, _ = make_step("gpipe")
         strategy = splits_some(pipelined.plan)
     pipelined, step, state = make_step(strategy)
     other, other_step, expected = make_step(strategy)
     old = pipelined.shown
-    profile = as_if_slow(old.pipeline, 0)
+    profile = as_if_slow(old.pipeline, slow)
     monkeypatch.setattr(
         TrainStep, "profile", lambda self, state, batch, num_steps: (state, profile)
     )
@@ -86,7 +88,7 @@ def test_training_goes_on_in_another_order_without_a_compilation(strategy, monke
         evaluated = step.evaluate(state, make_batch())["loss"]
     assert adaptation.is_new
     assert compiled == [] and adaptation.num_compilations == 0
-    assert adaptation.speeds[0] == pytest.approx(adaptation.speeds[1] / 3)
+    assert adaptation.speeds[slow] == pytest.approx(adaptation.speeds[1] / 3)
     assert pipelined.plan == adaptation.plan != other.plan
     assert pipelined.plan.stages == other.plan.stages
     assert adaptation.before_s == pytest.approx(profile.timeline.step_s)
