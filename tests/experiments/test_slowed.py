@@ -7,7 +7,7 @@ import pytest
 
 def test_a_device_is_slowed_in_the_middle(tmp_path):
     command = [
-        *(sys.executable, "-m", "experiments.slowed", "--strategies=gpipe", "--num_steps=1"),
+        *(sys.executable, "-m", "experiments.slowed", "--strategies=gpipe", "--num_steps=3"),
         *("--num_microbatches=4", "--slow_devices=0", f"--json_output={tmp_path / 'slowed.json'}"),
     ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
