@@ -43,7 +43,8 @@ def best_plan(
         num_microbatches: of a step.
         others: plans for the same; what is returned is no worse than any that fits the memory.
         time_limit_s: how long to search, on about two cores. It stands for an amount of work: the
-            same limit and seed find the same plan on a slower machine. Small models take less.
+            same limit and seed find the same plan on a slower machine. Small models take less; up
+            to three times as long, if what is found needs more memory than the search counted.
         tolerance: the search ends when the gap to the certificate's bound is no larger; a fraction.
         seed: of what is drawn.
         blocking: whether transfers hold up both of their devices, as when a plan runs; if not, they
@@ -71,25 +72,24 @@ def best_plan(
             on_progress(done, min(step_s, of_others_s))
 
     for tighter in (1.0, _TIGHTER, _TIGHTER**4):
-        if min(steps_s, default=inf) > enough_s:
-            now = problem._replace(memory=problem.memory * tighter)
-            finalists = search(
-                now,
-                time_limit_s=time_limit_s,
-                seed=seed,
-                enough_s=enough_s,
-                on_progress=show,
-            )[:_FINALISTS]
-            orders = [order_of(now, each.candidate) for each in finalists]
-            few = max((order.num[0] for order in orders), default=0) <= _FEW_TASKS
-            if few and finalists and finalists[0].step_s > enough_s:
-                orders = _polished(now, finalists, time_limit_s, seed)
-            new = [to_plan(now, order, names) for order in orders]
-            steps_s += [_step_s(plan, costs, cluster, blocking) for plan in new]
-            found += new
-        shortest = min(range(len(found)), key=steps_s.__getitem__, default=0)
-        if found and steps_s[shortest] < inf:
-            return found[shortest]
+        if min(steps_s, default=inf) <= enough_s:
+            break
+        now = problem._replace(memory=problem.memory * tighter)
+        finalists = search(
+            now, time_limit_s=time_limit_s, seed=seed, enough_s=enough_s, on_progress=show
+        )[:_FINALISTS]
+        orders = [order_of(now, each.candidate) for each in finalists]
+        few = max((order.num[0] for order in orders), default=0) <= _FEW_TASKS
+        if few and finalists and finalists[0].step_s > enough_s:
+            orders = _polished(now, finalists, time_limit_s, seed)
+        new = [to_plan(now, order, names) for order in orders]
+        new_s = [_step_s(plan, costs, cluster, blocking) for plan in new]
+        found, steps_s = found + new, steps_s + new_s
+        if min(new_s, default=inf) < inf:
+            break
+    shortest = min(range(len(found)), key=steps_s.__getitem__, default=0)
+    if found and steps_s[shortest] < inf:
+        return found[shortest]
     raise ValueError(
         f"no plan was found in which {num_layers} layers fit the memory of {num_devices} devices; "
         "pass more devices, or use smaller microbatches"
