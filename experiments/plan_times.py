@@ -37,6 +37,17 @@ LONGER_S = flags.DEFINE_list(
 )
 JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the rows.")
 
+
+@flags.multi_flags_validator(
+    ["cases", "longer_s"],
+    "give each of --cases as devices x microbatches x layers x seconds, and a --longer_s for each",
+)
+def _are_cases(values: dict[str, Any]) -> bool:
+    cases = [case.split("x") for case in values["cases"]]
+    whole = all(len(case) == 4 and all(map(str.isdecimal, case)) for case in cases)
+    return whole and len(cases) == len(values["longer_s"])
+
+
 Json = dict[str, Any]
 
 

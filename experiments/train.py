@@ -221,7 +221,7 @@ def make_optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransf
         init_value=0.0,
         peak_value=learning_rate,
         warmup_steps=max(1, num_steps // 10),
-        decay_steps=num_steps,
+        decay_steps=max(2, num_steps),  # a single step is warm-up
         end_value=learning_rate / 10,
     )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
