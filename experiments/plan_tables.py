@@ -25,11 +25,11 @@ from absl import app, flags
 
 from experiments.published import PublishedPlan, published_costs, published_plans
 from jaxptis.cluster import Cluster, DeviceSpec
-from jaxptis.optimizer.best import to_plan
 from jaxptis.optimizer.certificate import certify
-from jaxptis.optimizer.polish import order_of
-from jaxptis.optimizer.problem import Problem
-from jaxptis.optimizer.search import STAGES_PER_DEVICE, search
+from jaxptis.optimizer.search.best import to_plan
+from jaxptis.optimizer.search.polish import order_of
+from jaxptis.optimizer.search.search import STAGES_PER_DEVICE, search
+from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, simulate
 
 OTHERS = "tuned", "any_tuned", "1f1b"

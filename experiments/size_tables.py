@@ -29,8 +29,8 @@ from experiments.wide_console import wide_console
 from jaxptis.cluster import Cluster, Link
 from jaxptis.make_plan import ADAPTIS, BASELINES, BEST
 from jaxptis.optimizer import best_plan
-from jaxptis.optimizer.balance import check_fills_devices
 from jaxptis.optimizer.certificate import certify
+from jaxptis.optimizer.partition.balance import check_fills_devices
 from jaxptis.performance import Costs
 from jaxptis.pictures.words import duration, size
 

@@ -16,6 +16,10 @@ SOURCES = {
 # What a module may import of ours, by the longest of these prefixes that its name has; every
 # module may import those with its own prefix.
 PLANNING = {"jaxptis.cluster", "jaxptis.plan", "jaxptis.schedules", "jaxptis.performance"}
+OPTIMIZER = [
+    f"jaxptis.optimizer.{name}"
+    for name in ("compiled", "steps", "partition", "certificate", "search", "papers")
+]
 MAY_IMPORT = {
     "passes": set(),
     "models": set(),
@@ -26,6 +30,7 @@ MAY_IMPORT = {
     "jaxptis.performance": {"jaxptis.cluster", "jaxptis.plan", "jaxptis.pictures", "passes"},
     "jaxptis.pictures": {"jaxptis.plan", "jaxptis.performance"},
     "jaxptis.optimizer": PLANNING,
+    **{name: {*PLANNING, *OPTIMIZER[:floor]} for floor, name in enumerate(OPTIMIZER)},
     "jaxptis.processes": {"passes"},
     "jaxptis.executor": PLANNING | {"jaxptis.processes", "passes"},
     "jaxptis.options": PLANNING,

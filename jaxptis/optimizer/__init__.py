@@ -1,9 +1,12 @@
-"""The search for a plan."""
+"""The search for a plan.
 
-from jaxptis.optimizer.adaptis import adaptis
-from jaxptis.optimizer.balance import balance, uniform
-from jaxptis.optimizer.best import best_plan
-from jaxptis.optimizer.mist import mist
-from jaxptis.optimizer.reorder import reorder
+Of `papers`, `search`, `certificate`, `partition` and `steps` each may import those after it.
+"""
+
+from jaxptis.optimizer.papers.adaptis import adaptis
+from jaxptis.optimizer.papers.mist import mist
+from jaxptis.optimizer.partition.balance import balance, uniform
+from jaxptis.optimizer.search.best import best_plan
+from jaxptis.optimizer.search.reorder import reorder
 
 __all__ = ["adaptis", "balance", "best_plan", "mist", "reorder", "uniform"]

@@ -11,14 +11,14 @@ _FOLDER = Path(__file__).parent
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function of this folder; it lets other threads run.
+    """Compile a function of the optimizer; it lets other threads run.
 
     Numba keeps what it compiled until the function's own file changes. It may call functions of the
     other files, so it is compiled again when any of them has changed.
     """
-    changed_s = max(path.stat().st_mtime for path in _FOLDER.glob("*.py"))
-    stem = Path(function.__code__.co_filename).stem
-    for path in (_FOLDER / "__pycache__").glob(f"{stem}.{function.__name__}-*.nbi"):
+    changed_s = max(path.stat().st_mtime for path in _FOLDER.rglob("*.py"))
+    file = Path(function.__code__.co_filename)
+    for path in (file.parent / "__pycache__").glob(f"{file.stem}.{function.__name__}-*.nbi"):
         with suppress(OSError):  # another process may have been faster
             if path.stat().st_mtime < changed_s:
                 path.unlink()

@@ -6,10 +6,10 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from jaxptis.cluster import Cluster
-from jaxptis.optimizer.balance import check_fills_devices
-from jaxptis.optimizer.draft import Draft
-from jaxptis.optimizer.predictor import Predictor
-from jaxptis.optimizer.within_memory import partition_within
+from jaxptis.optimizer.papers.draft import Draft
+from jaxptis.optimizer.papers.predictor import Predictor
+from jaxptis.optimizer.partition.balance import check_fills_devices
+from jaxptis.optimizer.partition.within_memory import partition_within
 from jaxptis.performance import Costs, Timeline, simulate
 from jaxptis.plan import Plan, StagePlan
 from jaxptis.schedules import schedule

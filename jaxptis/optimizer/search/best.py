@@ -7,12 +7,12 @@ from itertools import pairwise
 from math import inf
 
 from jaxptis.cluster import Cluster
-from jaxptis.optimizer.balance import check_fills_devices
-from jaxptis.optimizer.candidate import HOME, RECOMPUTE, begins_stage
-from jaxptis.optimizer.certificate import certify
-from jaxptis.optimizer.polish import Order, order_of, polished
-from jaxptis.optimizer.problem import Problem
-from jaxptis.optimizer.search import TASKS_PER_S, Found, search
+from jaxptis.optimizer.certificate.certificate import certify
+from jaxptis.optimizer.partition.balance import check_fills_devices
+from jaxptis.optimizer.search.polish import Order, order_of, polished
+from jaxptis.optimizer.search.search import TASKS_PER_S, Found, search
+from jaxptis.optimizer.steps.candidate import HOME, RECOMPUTE, begins_stage
+from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, simulate
 from jaxptis.performance.check_memory import check_memory
 from jaxptis.plan import Plan, StagePlan, Task

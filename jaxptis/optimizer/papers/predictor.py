@@ -6,11 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxptis.cluster import Cluster
-from jaxptis.optimizer.anneal import step_s_of
-from jaxptis.optimizer.best import to_plan
-from jaxptis.optimizer.draft import Draft
-from jaxptis.optimizer.polish import order_of
-from jaxptis.optimizer.problem import Problem
+from jaxptis.optimizer.papers.draft import Draft
+from jaxptis.optimizer.search.anneal import step_s_of
+from jaxptis.optimizer.search.best import to_plan
+from jaxptis.optimizer.search.polish import order_of
+from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, Timeline, simulate
 from jaxptis.plan import Plan
 

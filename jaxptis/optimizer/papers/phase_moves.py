@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from jaxptis.optimizer.balance import balance
-from jaxptis.optimizer.draft import Draft
-from jaxptis.optimizer.list_kernel import DEEPEST, OLDEST, SHALLOWEST
+from jaxptis.optimizer.papers.draft import Draft
+from jaxptis.optimizer.partition.balance import balance
+from jaxptis.optimizer.steps.list_kernel import DEEPEST, OLDEST, SHALLOWEST
 from jaxptis.schedules.placements import loops
 
 _ORDERS = {OLDEST: "oldest microbatch", DEEPEST: "last stage", SHALLOWEST: "first stage"}

@@ -6,9 +6,9 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from jaxptis.optimizer.candidate import HOME, NUM_COLUMNS, WHOLE, WINDOW, Candidate
-from jaxptis.optimizer.list_kernel import OLDEST, Rule
-from jaxptis.optimizer.problem import Problem
+from jaxptis.optimizer.steps.candidate import HOME, NUM_COLUMNS, WHOLE, WINDOW, Candidate
+from jaxptis.optimizer.steps.list_kernel import OLDEST, Rule
+from jaxptis.optimizer.steps.problem import Problem
 
 
 class Draft(NamedTuple):

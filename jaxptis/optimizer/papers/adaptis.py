@@ -22,12 +22,12 @@ from collections.abc import Iterator
 from math import inf
 
 from jaxptis.cluster import Cluster
-from jaxptis.optimizer.adaptis_log import Adapted, Log, Phase, Step
-from jaxptis.optimizer.balance import check_fills_devices, uniform
-from jaxptis.optimizer.draft import Draft
-from jaxptis.optimizer.phase_moves import Move, change_order, move_layers, move_stages
-from jaxptis.optimizer.predictor import Predicted, Predictor
-from jaxptis.optimizer.within_memory import partition_within
+from jaxptis.optimizer.papers.adaptis_log import Adapted, Log, Phase, Step
+from jaxptis.optimizer.papers.draft import Draft
+from jaxptis.optimizer.papers.phase_moves import Move, change_order, move_layers, move_stages
+from jaxptis.optimizer.papers.predictor import Predicted, Predictor
+from jaxptis.optimizer.partition.balance import check_fills_devices, uniform
+from jaxptis.optimizer.partition.within_memory import partition_within
 from jaxptis.performance import Costs, Timeline
 
 _NUM_TRIED = 4  # moves of a phase: those that an estimate takes for the best

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from jaxptis.cluster import Cluster, Link
-from jaxptis.optimizer.anneal import step_s_of
-from jaxptis.optimizer.best import to_plan
-from jaxptis.optimizer.candidate import (
+from jaxptis.optimizer.search.anneal import step_s_of
+from jaxptis.optimizer.search.best import to_plan
+from jaxptis.optimizer.search.polish import order_of
+from jaxptis.optimizer.steps.candidate import (
     CUT,
     HOME,
     NUM_COLUMNS,
@@ -19,9 +20,8 @@ from jaxptis.optimizer.candidate import (
     Candidate,
     least_s,
 )
-from jaxptis.optimizer.list_kernel import Rule
-from jaxptis.optimizer.polish import order_of
-from jaxptis.optimizer.problem import Problem
+from jaxptis.optimizer.steps.list_kernel import Rule
+from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, LayerCost, simulate
 from tests.clusters import device
 

@@ -5,7 +5,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from jaxptis.optimizer.problem import LASTING, SAVED, B, F, Problem
+from jaxptis.optimizer.steps.problem import LASTING, SAVED, B, F, Problem
 from jaxptis.performance import Timeline
 
 

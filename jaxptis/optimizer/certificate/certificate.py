@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxptis.cluster import Cluster
-from jaxptis.optimizer.bounds import chain_s, memory_s, work_s
-from jaxptis.optimizer.least import Least
-from jaxptis.optimizer.least_memory import check_possible
-from jaxptis.optimizer.packing import Packing
+from jaxptis.optimizer.certificate.bounds import chain_s, memory_s, work_s
+from jaxptis.optimizer.certificate.least import Least
+from jaxptis.optimizer.certificate.least_memory import check_possible
+from jaxptis.optimizer.certificate.packing import Packing
 from jaxptis.performance.costs import Costs
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxptis.optimizer.compiled import compiled
-from jaxptis.optimizer.list_kernel import F, Stages, W
+from jaxptis.optimizer.steps.list_kernel import F, Stages, W
 
 
 class _Row(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxptis.cluster import DeviceSpec
-from jaxptis.optimizer.least import Least
+from jaxptis.optimizer.certificate.least import Least
 from jaxptis.performance.costs import Costs
 
 

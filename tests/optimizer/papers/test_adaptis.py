@@ -10,16 +10,16 @@ import pytest
 from jaxptis.cluster import Cluster
 from jaxptis.make_plan import make_plan
 from jaxptis.optimizer import adaptis
-from jaxptis.optimizer.adaptis import likely_phases
-from jaxptis.optimizer.adaptis_log import Adapted
-from jaxptis.optimizer.draft import Draft
-from jaxptis.optimizer.phase_moves import change_order, move_layers, move_stages
+from jaxptis.optimizer.papers.adaptis import likely_phases
+from jaxptis.optimizer.papers.adaptis_log import Adapted
+from jaxptis.optimizer.papers.draft import Draft
+from jaxptis.optimizer.papers.phase_moves import change_order, move_layers, move_stages
 from jaxptis.performance import Costs, Span, Timeline, simulate
 from jaxptis.plan import Plan, StagePlan, Task
 from jaxptis.schedules import StageCosts
 from jaxptis.schedules.greedy import Rule, greedy
 from tests.clusters import device, equal_devices
-from tests.optimizer.small_cases import fits, plans_of_1f1b, random_case
+from tests.optimizer.papers.small_cases import fits, plans_of_1f1b, random_case
 from tests.published import published_costs, published_plans
 
 TUNED = published_plans("tuned")

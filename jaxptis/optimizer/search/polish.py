@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxptis.optimizer.anneal import step_s_of
-from jaxptis.optimizer.blocking_kernel import blocking_step_s
-from jaxptis.optimizer.candidate import (
+from jaxptis.optimizer.compiled import compiled
+from jaxptis.optimizer.search.anneal import step_s_of
+from jaxptis.optimizer.steps.blocking_kernel import blocking_step_s
+from jaxptis.optimizer.steps.candidate import (
     CUT,
     HOME,
     Candidate,
@@ -19,9 +20,8 @@ from jaxptis.optimizer.candidate import (
     make_stages,
     stage_around,
 )
-from jaxptis.optimizer.compiled import compiled
-from jaxptis.optimizer.list_kernel import B, F, I, Stages, W, list_step_s
-from jaxptis.optimizer.problem import Problem
+from jaxptis.optimizer.steps.list_kernel import B, F, I, Stages, W, list_step_s
+from jaxptis.optimizer.steps.problem import Problem
 
 _HOT, _COLD = 0.03, 0.02  # at the start, of the step; at the end, of that
 _NO_ORDER = np.empty((0, 3), np.int64)

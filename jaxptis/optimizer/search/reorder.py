@@ -9,7 +9,14 @@ from math import inf
 import numpy as np
 
 from jaxptis.cluster import Cluster
-from jaxptis.optimizer.list_kernel import DEEPEST, OLDEST, SHALLOWEST, Rule, Stages, list_step_s
+from jaxptis.optimizer.steps.list_kernel import (
+    DEEPEST,
+    OLDEST,
+    SHALLOWEST,
+    Rule,
+    Stages,
+    list_step_s,
+)
 from jaxptis.performance import Costs, Timeline, simulate
 from jaxptis.performance.memory import MemoryCurve
 from jaxptis.plan import Plan, Task

@@ -8,11 +8,11 @@ import pytest
 
 from jaxptis.cluster import Cluster, Link
 from jaxptis.optimizer import best_plan
-from jaxptis.optimizer.anneal import step_s_of
-from jaxptis.optimizer.best import to_plan
-from jaxptis.optimizer.polish import polished
-from jaxptis.optimizer.problem import Problem
-from jaxptis.optimizer.search import search
+from jaxptis.optimizer.search.anneal import step_s_of
+from jaxptis.optimizer.search.best import to_plan
+from jaxptis.optimizer.search.polish import polished
+from jaxptis.optimizer.search.search import search
+from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import simulate
 from jaxptis.performance.check_memory import check_memory
 from tests.optimizer.every_schedule import shortest_s

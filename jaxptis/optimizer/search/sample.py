@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from jaxptis.optimizer.anneal import step_s_of
-from jaxptis.optimizer.candidate import (
+from jaxptis.optimizer.compiled import compiled
+from jaxptis.optimizer.search.anneal import step_s_of
+from jaxptis.optimizer.steps.candidate import (
     CUT,
     HOME,
     NUM_COLUMNS,
@@ -13,9 +14,8 @@ from jaxptis.optimizer.candidate import (
     Candidate,
     least_s,
 )
-from jaxptis.optimizer.compiled import compiled
-from jaxptis.optimizer.list_kernel import Rule
-from jaxptis.optimizer.problem import B, F, Problem
+from jaxptis.optimizer.steps.list_kernel import Rule
+from jaxptis.optimizer.steps.problem import B, F, Problem
 
 LOOPS, ZIGZAG, SHUFFLED, NUM_PLACEMENTS = range(4)
 """A leg has a stage on each device: always from the first to the last, or up and down, or each leg

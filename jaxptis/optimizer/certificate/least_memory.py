@@ -13,9 +13,9 @@ from itertools import pairwise
 import numpy as np
 
 from jaxptis.cluster import Cluster, DeviceSpec
-from jaxptis.optimizer.balance import balance
-from jaxptis.optimizer.least import Least
-from jaxptis.optimizer.packing import Packing
+from jaxptis.optimizer.certificate.least import Least
+from jaxptis.optimizer.certificate.packing import Packing
+from jaxptis.optimizer.partition.balance import balance
 from jaxptis.performance import Costs, simulate
 from jaxptis.plan import Plan, StagePlan, Task
 from jaxptis.plan.plan import Recompute

@@ -11,7 +11,7 @@ import pytest
 from experiments.published import DATA, TICK_S
 from jaxptis.cluster import Cluster
 from jaxptis.optimizer.certificate import certify
-from jaxptis.optimizer.least_memory import check_possible, enough_bytes
+from jaxptis.optimizer.certificate.least_memory import check_possible, enough_bytes
 from jaxptis.performance import Costs, LayerCost, TiedParams, simulate
 from tests.clusters import device, equal_devices
 from tests.optimizer.every_schedule import shortest_s

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxptis.optimizer.blocking_kernel import blocking_step_s
-from jaxptis.optimizer.candidate import (
+from jaxptis.optimizer.compiled import compiled
+from jaxptis.optimizer.steps.blocking_kernel import blocking_step_s
+from jaxptis.optimizer.steps.candidate import (
     CUT,
     HOME,
     RECOMPUTE,
@@ -17,9 +18,8 @@ from jaxptis.optimizer.candidate import (
     make_stages,
     stage_around,
 )
-from jaxptis.optimizer.compiled import compiled
-from jaxptis.optimizer.list_kernel import Rule, list_step_s
-from jaxptis.optimizer.problem import Problem
+from jaxptis.optimizer.steps.list_kernel import Rule, list_step_s
+from jaxptis.optimizer.steps.problem import Problem
 
 _COLD = 0.05  # of the heat is left at the end
 _MOVE, _STEP = 4, 20  # tasks whose simulation takes as long as to make a move, or stages

@@ -11,7 +11,7 @@ from jaxptis.make_plan import make_plan
 from jaxptis.optimizer import mist
 from jaxptis.performance import simulate
 from tests.clusters import equal_devices
-from tests.optimizer.small_cases import TEMPORARIES, fits, plans_of_1f1b, random_case
+from tests.optimizer.papers.small_cases import TEMPORARIES, fits, plans_of_1f1b, random_case
 from tests.published import PublishedPlan, published_costs, published_plans
 
 MEMORIES = 60, 80, 100, 130

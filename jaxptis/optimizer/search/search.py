@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from typing import NamedTuple
 
-from jaxptis.optimizer.anneal import Limits, anneal
-from jaxptis.optimizer.candidate import Candidate
-from jaxptis.optimizer.list_kernel import Rule
-from jaxptis.optimizer.problem import Problem
-from jaxptis.optimizer.sample import sample
+from jaxptis.optimizer.search.anneal import Limits, anneal
+from jaxptis.optimizer.search.sample import sample
+from jaxptis.optimizer.steps.candidate import Candidate
+from jaxptis.optimizer.steps.list_kernel import Rule
+from jaxptis.optimizer.steps.problem import Problem
 
 TASKS_PER_S = 20_000_000
 """What a core simulates, roughly. A search simulates a number of tasks, not for a time: so what it

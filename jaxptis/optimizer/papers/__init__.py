@@ -1,0 +1,1 @@
+"""The planners of two papers, AdaPtis and Mist: they predict the drafts that they change."""

@@ -1,0 +1,1 @@
+"""The search over all plans, and over the orders of one."""

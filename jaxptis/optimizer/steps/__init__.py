@@ -1,0 +1,1 @@
+"""The step of one candidate plan, in arrays and compiled."""
