@@ -43,7 +43,6 @@ from experiments.refused import refused_plainly
 from experiments.sleeping import measure_asleep
 from experiments.wide_console import wide_console
 from experiments.workload import Workload, measured_workload
-from jaxptis.make_plan import make_plan
 from jaxptis.performance import Costs, Timeline
 from models import MODELS, Model
 
@@ -195,11 +194,10 @@ def compare(name: str, model: Model, devices: Sequence[jax.Device]) -> Any:
             seed=SEED.value,
             times_slower=SLOWER.value,
         )
-    costs, cluster = workload.costs, workload.cluster
-    plans = {name: name if name != RANDOM else draw(costs) for name in STRATEGIES.value}
+    plans = {name: name if name != RANDOM else draw(workload.costs) for name in STRATEGIES.value}
     with refused_plainly():  # before the first is run
         for plan in plans.values():
-            make_plan(costs, plan, cluster=cluster, num_microbatches=NUM_MICROBATCHES.value)
+            workload.plan(plan)
     of = of_one_asleep if ASLEEP.value else of_one
     for strategy, plan in plans.items():
         yield of(name, strategy, workload, plan, f"{name} {SIZE.value}, {strategy}")

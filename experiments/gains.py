@@ -36,7 +36,7 @@ from experiments.sleeping import measure_asleep
 from experiments.uneven_models import HEADS, uneven_config
 from experiments.wide_console import wide_console
 from experiments.workload import Workload, measured_workload
-from jaxptis.make_plan import BEST, make_plan
+from jaxptis.make_plan import BEST
 from jaxptis.performance import simulate
 from jaxptis.plan import Plan
 from models import MODELS
@@ -126,8 +126,8 @@ def gains_of(name: str, devices: Sequence[jax.Device], numbers: Sequence[int]) -
 def gain_of(name: str, workload: Workload) -> Gain:
     """Plans both steps, and measures them."""
     with refused_plainly():
-        plans = {strategy: plan_of(workload, strategy) for strategy in interleaved(workload)}
-        best = plan_of(workload, BEST)
+        plans = {strategy: workload.plan(strategy) for strategy in interleaved(workload)}
+        best = workload.plan(BEST)
     fastest = min(plans, key=lambda strategy: predicted_s(workload, plans[strategy]))
     return Gain(
         model=name,
@@ -143,16 +143,6 @@ def interleaved(workload: Workload) -> Iterator[str]:
     most = len(workload.costs.layers) // len(workload.devices)
     for v in range(2, max(most, 2) + 1):
         yield f"interleaved(v={v}, partition=uniform)"
-
-
-def plan_of(workload: Workload, strategy: str) -> Plan:
-    """Returns the plan of a strategy."""
-    return make_plan(
-        workload.costs,
-        strategy,
-        cluster=workload.cluster,
-        num_microbatches=workload.num_microbatches,
-    )
 
 
 def predicted_s(workload: Workload, plan: Plan) -> float:

@@ -9,9 +9,7 @@ their layers, times --slower; so a few cores can hold all devices, and what is s
 of any model. A step is measured from its first task to the end of its last.
 """
 
-import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -20,25 +18,22 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
 import jaxptis
+from experiments.compilations import counted_compilations
 from experiments.refused import refused_plainly
-from experiments.sleeping import DrowsyCompiler, slower
+from experiments.sleeping import DrowsyCompiler
 from experiments.wide_console import wide_console
+from experiments.workload import Workload, measured_workload
 from jaxptis.adapt import Adaptation
-from jaxptis.cluster import Cluster
-from jaxptis.make_plan import make_plan
-from jaxptis.performance import Costs
-from jaxptis.pipelined import Pipelined
 from models import MODELS
 
 NAME = flags.DEFINE_enum("model", "llama2", list(MODELS), "Family of models; its tiny size.")
@@ -122,28 +117,16 @@ class Row:
     loss_error: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What is trained, and what that takes: all but the plan."""
-
-    loss_fn: Callable[[Any, Any], Any]
-    params: Any
-    batch: Any
-    costs: Costs
-    cluster: Cluster
-
-
 class Run:
     """A training whose devices can be slowed."""
 
-    def __init__(self, setting: Setting, plan: jaxptis.Plan) -> None:
-        devices = jax.devices()[: NUM_DEVICES.value]
-        pipelined = make(setting.loss_fn, setting.costs, cluster=setting.cluster, strategy=plan)
-        self._compiler = DrowsyCompiler(devices, plan, setting.costs)
+    def __init__(self, workload: Workload, plan: jaxptis.Plan) -> None:
+        pipelined = workload.pipelined(plan)
+        self._compiler = DrowsyCompiler(workload.devices, plan, workload.costs)
         pipelined.compiler = self._compiler
         self._step = pipelined.train_step(optax.adam(1e-3))
-        self._batch = setting.batch
-        self._state = self._step.init(setting.params, setting.batch)
+        self._batch = workload.batch
+        self._state = self._step.init(workload.params, workload.batch)
 
     def slow(self, device: int) -> None:
         """Lets a device become slow."""
@@ -171,19 +154,11 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES.value)
     console = wide_console()
     with refused_plainly():
-        setting = measure()
-        plans = {
-            name: make_plan(
-                setting.costs,
-                name,
-                cluster=setting.cluster,
-                num_microbatches=NUM_MICROBATCHES.value,
-            )
-            for name in STRATEGIES.value
-        }
+        workload = measure()
+        plans = {name: workload.plan(name) for name in STRATEGIES.value}
     rows = []
     for (strategy, plan), device in itertools.product(plans.items(), map(int, SLOW_DEVICES.value)):
-        row, adaptation = compare(strategy, setting, plan, device)
+        row, adaptation = compare(strategy, workload, plan, device)
         console.print(f"{strategy}, device {device} is slowed: {adaptation}", markup=False)
         rows.append(row)
         if JSON_OUTPUT.value is not None:
@@ -192,40 +167,26 @@ def main(argv: list[str]) -> None:
     report(rows, console)
 
 
-def measure() -> Setting:
+def measure() -> Workload:
     """Returns a model with the costs of its layers, with --slower, and the links."""
-    config = MODELS[NAME.value].sizes["tiny"]
-    module, loss = MODELS[NAME.value].module(config), MODELS[NAME.value].loss(config)
-    shape = NUM_MICROBATCHES.value, SEQUENCE_LENGTH + 1
-    batch = {"tokens": np.random.default_rng(0).integers(0, 256, shape, np.int32)}
-    params = jax.jit(module.init)(jax.random.key(0), batch["tokens"][:1])["params"]
-
-    def loss_fn(params: Any, batch: Any) -> Any:
-        return loss(functools.partial(module.apply, {"params": params}), batch)
-
-    pipelined = make(loss_fn, "measured")
-    costs = pipelined.bind(None, params, batch).compiled.pipeline.analysis.costs
-    costs = slower(costs, SLOWER.value)
-    return Setting(loss_fn, params, batch, costs, pipelined.options.cluster)
-
-
-def make(loss_fn: Any, costs: Any, **options: Any) -> Pipelined:
-    """Returns a pipeline over the devices."""
-    return jaxptis.pipeline(
-        loss_fn,
+    model = MODELS[NAME.value]
+    return measured_workload(
+        model,
+        model.sizes["tiny"],
+        jax.devices()[: NUM_DEVICES.value],
         num_microbatches=NUM_MICROBATCHES.value,
-        devices=jax.devices()[: NUM_DEVICES.value],
-        has_aux=True,
-        costs=costs,
-        **options,
+        microbatch_size=1,
+        sequence_length=SEQUENCE_LENGTH,
+        seed=0,
+        times_slower=SLOWER.value,
     )
 
 
 def compare(
-    strategy: str, setting: Setting, plan: jaxptis.Plan, device: int
+    strategy: str, workload: Workload, plan: jaxptis.Plan, device: int
 ) -> tuple[Row, Adaptation]:
     """Trains in the old order, in the new one, and with other stages."""
-    old, new = Run(setting, plan), Run(setting, plan)
+    old, new = Run(workload, plan), Run(workload, plan)
     before_s = [run.measure_s() for _ in range(NUM_STEPS.value) for run in (old, new)]
     old.slow(device)
     new.slow(device)
@@ -234,7 +195,7 @@ def compare(
         new.measure_s()
     for _ in range(2):  # so both take as many steps
         old.measure_s()
-    other = Run(dataclasses.replace(setting, cluster=adaptation.cluster), adaptation.other)
+    other = Run(dataclasses.replace(workload, cluster=adaptation.cluster), adaptation.other)
     other.slow(device)
     runs = {"old": old, "new": new, "other": other}
     every_s: dict[str, list[float]] = {name: [] for name in runs}
@@ -260,22 +221,6 @@ def compare(
         loss_error=abs(new.loss() / old.loss() - 1),
     )
     return row, adaptation
-
-
-@contextlib.contextmanager
-def counted_compilations() -> Iterator[list[float]]:
-    """Yields a list of the seconds of all that XLA compiles in the meantime."""
-    found: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def report(rows: Sequence[Row], console: Console) -> None:

@@ -11,9 +11,11 @@ import numpy as np
 import jaxptis
 from experiments.sleeping import slower
 from jaxptis.cluster import Cluster
+from jaxptis.make_plan import make_plan
 from jaxptis.options import Strategy
 from jaxptis.performance import Costs
 from jaxptis.pipelined import Pipelined
+from jaxptis.plan import Plan
 from models import Model
 
 MAX_TOKEN = 256  # tokens are bytes, whatever the vocabulary
@@ -51,6 +53,12 @@ class Workload:
             costs=self.costs,
             cluster=self.cluster,
             strategy=strategy,
+        )
+
+    def plan(self, strategy: Strategy) -> Plan:
+        """Returns the plan of a strategy."""
+        return make_plan(
+            self.costs, strategy, cluster=self.cluster, num_microbatches=self.num_microbatches
         )
 
     def first(self, num_devices: int, num_microbatches: int) -> "Workload":

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxptis
+from experiments.compilations import counted_compilations
 from jaxptis.adapt import adapt
 from jaxptis.cluster import Cluster
 from jaxptis.executor.compiled import Compiler
@@ -18,7 +19,6 @@ from jaxptis.executor.programs import ProgramSpec
 from jaxptis.performance import simulate
 from jaxptis.profile import Profile, ProfileError
 from jaxptis.train_step import TrainStep
-from tests.compilations import counted_compilations
 from tests.small_models import loss_fn, make_batch, make_params
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly", "lenient")

@@ -11,13 +11,13 @@ import optax
 import pytest
 
 import jaxptis
+from experiments.compilations import counted_compilations
 from jaxptis.executor.initializer import initializer
 from jaxptis.executor.instructions import Run
 from jaxptis.plan import Plan, StagePlan
 from jaxptis.schedules import schedule
 from passes.boxes import whole
 from tests import small_models
-from tests.compilations import counted_compilations
 from tests.small_models import matrix, normal
 
 # Every layer has widths of its own, so that a matmul says whose it is.
