@@ -18,13 +18,8 @@ so that two cores can hold eight devices. What is shown then is not the time of 
 """
 
 import dataclasses
-import json
-import os
 import pathlib
-import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -37,7 +32,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 import jaxptis
-from experiments import distributed
+from experiments import chosen_sleep, distributed, json_output
+from experiments.chosen_sleep import ASLEEP, SLOWER, sleep_title
+from experiments.json_output import this_run, write_json
 from experiments.random_plan import random_plan
 from experiments.refused import refused_plainly
 from experiments.sleeping import measure_asleep
@@ -49,7 +46,8 @@ from models import MODELS, Model
 RANDOM = "random"
 INTERLEAVED = "interleaved"
 
-flags.adopt_module_key_flags(distributed)  # --help lists them
+for module in distributed, chosen_sleep, json_output:
+    flags.adopt_module_key_flags(module)  # --help lists them
 NAMES = flags.DEFINE_list("models", list(MODELS), "Families of models.")
 SIZE = flags.DEFINE_string("size", "tiny", "Which size of each.")
 STRATEGIES = flags.DEFINE_list(
@@ -69,11 +67,6 @@ SEQUENCE_LENGTH = flags.DEFINE_integer(
 )
 NUM_STEPS = flags.DEFINE_integer("num_steps", 9, "Steps to record.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the tokens and of the random plan.")
-ASLEEP = flags.DEFINE_bool("asleep", False, "Let tasks sleep for what they cost.")
-SLOWER = flags.DEFINE_float(
-    "slower", 1.0, "How many times as long they sleep, with --asleep.", lower_bound=0.0
-)
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the settings and the results.")
 HTML_OUTPUT = flags.DEFINE_string(
     "html_output", None, "Folder for a page of every step: what was predicted above what was."
 )
@@ -91,11 +84,6 @@ SETTINGS = (
     ASLEEP,
     SLOWER,
 )
-
-
-@flags.validator("json_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
 @flags.validator("html_output", "the folder does not exist; create it first")
@@ -116,11 +104,6 @@ def _are_models(names: list[str]) -> bool:
 @flags.multi_flags_validator(["size", "models"], "not every family has this size; see models/")
 def _have_size(values: dict[str, Any]) -> bool:
     return all(values["size"] in MODELS[name].sizes for name in values["models"] if name in MODELS)
-
-
-@flags.multi_flags_validator(["asleep", "slower"], "--slower is for --asleep; give both")
-def _is_asleep(values: dict[str, Any]) -> bool:
-    return bool(values["asleep"]) or values["slower"] == 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,9 +145,7 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
     with refused_plainly():
-        devices = distributed.join(NUM_DEVICES.value)
-    if ASLEEP.value and jax.process_count() > 1:
-        raise app.UsageError("--asleep is for one process, whose cores hold all devices")
+        devices = chosen_sleep.join(NUM_DEVICES.value)
     first = jax.process_index() == 0
     console = wide_console(quiet=not first)
     rows: list[Row] = []
@@ -175,9 +156,8 @@ def main(argv: list[str]) -> None:
             for row in compare(name, MODELS[name], devices):
                 rows.append(row)
                 bar.advance(task)
-                if JSON_OUTPUT.value is not None and first:
-                    text = json.dumps(to_json(rows), indent=1)
-                    pathlib.Path(JSON_OUTPUT.value).write_text(text + "\n")
+                if first:
+                    write_json(to_json(rows))
     report(rows, console)
 
 
@@ -273,12 +253,11 @@ def draw_page(
 
 def report(rows: Sequence[Row], console: Console) -> None:
     """Prints a line a step, and how far predictions are off."""
-    title = "Tasks sleep for what they cost: these are times of no model" if ASLEEP.value else None
     table = Table(
         *("model", "strategy", "predicted", "measured", "ratio", "plain", "bubble", "measured"),
         *("memory", "ratio", "to interleaved"),
         box=None,
-        title=title,
+        title=sleep_title(),
     )
     interleaved_s = {row.model: row.measured_s for row in rows if row.strategy == INTERLEAVED}
     for row in rows:
@@ -311,14 +290,7 @@ def to_json(rows: Sequence[Row]) -> dict[str, Any]:
     """Returns the settings, by the names of their flags, and the figures."""
     median, worst = errors(rows)
     return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "num_processes": jax.process_count(),
-        "num_cpus": os.cpu_count(),
-        "cpus_of_a_process": len(os.sched_getaffinity(0)),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
-        "command": f"python -m experiments.compare {shlex.join(sys.argv[1:])}",
-        "settings": {flag.name: flag.value for flag in SETTINGS},
+        **this_run("compare", {flag.name: flag.value for flag in SETTINGS}),
         "median_error": median,
         "worst_error": worst,
         "rows": [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows],

@@ -15,12 +15,6 @@ With --asleep the tasks do not compute: they sleep for what the costs say, in th
 so that two cores can hold eight devices. What is shown then is not the time of any model.
 """
 
-import json
-import os
-import pathlib
-import platform
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,8 +23,10 @@ import optax
 from absl import app, flags, logging
 from rich.progress import Progress
 
-from experiments import distributed
+from experiments import chosen_sleep, distributed, json_output
+from experiments.chosen_sleep import ASLEEP, SLOWER, sleep_title
 from experiments.gain import PAPER, Gain, Step, conclusion, means, table
+from experiments.json_output import this_run, write_json
 from experiments.refused import refused_plainly
 from experiments.sleeping import measure_asleep
 from experiments.uneven_models import HEADS, uneven_config
@@ -45,23 +41,14 @@ MICROBATCHES_OF_A_DEVICE = 2
 MICROBATCH_SIZE = 4
 SEQUENCE_LENGTH = 128
 
-flags.adopt_module_key_flags(distributed)  # --help lists them
+for module in distributed, chosen_sleep, json_output:
+    flags.adopt_module_key_flags(module)  # --help lists them
 NAMES = flags.DEFINE_list("models", list(HEADS), "Families of models.")
 NUM_DEVICES = flags.DEFINE_list("num_devices", ["2"], "Devices in the pipeline, each in turn.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 5, "Steps to record.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of the parameters and the tokens.")
-ASLEEP = flags.DEFINE_bool("asleep", False, "Let tasks sleep for what they cost.")
-SLOWER = flags.DEFINE_float(
-    "slower", 1.0, "How many times as long they sleep, with --asleep.", lower_bound=0.0
-)
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the settings and the results.")
 
 SETTINGS = NAMES, NUM_DEVICES, NUM_STEPS, SEED, ASLEEP, SLOWER
-
-
-@flags.validator("json_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
 @flags.validator("models", f"give names of families: {', '.join(HEADS)}")
@@ -74,20 +61,13 @@ def _are_numbers(numbers: list[str]) -> bool:
     return bool(numbers) and all(each.isdecimal() and int(each) > 1 for each in numbers)
 
 
-@flags.multi_flags_validator(["asleep", "slower"], "--slower is for --asleep; give both")
-def _is_asleep(values: dict[str, Any]) -> bool:
-    return bool(values["asleep"]) or values["slower"] == 1.0
-
-
 def main(argv: list[str]) -> None:
     """Measures, prints a table, and writes it to --json_output."""
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
     numbers = [int(each) for each in NUM_DEVICES.value]
     with refused_plainly():
-        devices = distributed.join(max(numbers))
-    if ASLEEP.value and jax.process_count() > 1:
-        raise app.UsageError("--asleep is for one process, whose cores hold all devices")
+        devices = chosen_sleep.join(max(numbers))
     first = jax.process_index() == 0
     console = wide_console(quiet=not first)
     rows: list[Gain] = []
@@ -98,11 +78,9 @@ def main(argv: list[str]) -> None:
             for row in gains_of(name, devices, numbers):
                 rows.append(row)
                 bar.advance(task)
-                if JSON_OUTPUT.value is not None and first:
-                    text = json.dumps(to_json(rows), indent=1)
-                    pathlib.Path(JSON_OUTPUT.value).write_text(text + "\n")
-    title = "Tasks sleep for what they cost: these are times of no model" if ASLEEP.value else None
-    console.print(table(rows, title))
+                if first:
+                    write_json(to_json(rows))
+    console.print(table(rows, sleep_title()))
     console.print(conclusion(rows))
 
 
@@ -170,20 +148,13 @@ def measure(workload: Workload, strategy: str, plan: Plan) -> Step:
 
 def to_json(rows: Sequence[Gain]) -> dict[str, Any]:
     """Returns the settings, by the names of their flags, and the figures."""
+    settings = {flag.name: flag.value for flag in SETTINGS} | {
+        "head_as_in": dict(HEADS),
+        "microbatch_size": MICROBATCH_SIZE,
+        "sequence_length": SEQUENCE_LENGTH,
+    }
     return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "num_processes": jax.process_count(),
-        "num_cpus": os.cpu_count(),
-        "cpus_of_a_process": len(os.sched_getaffinity(0)),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
-        "command": f"python -m experiments.gains {shlex.join(sys.argv[1:])}",
-        "settings": {flag.name: flag.value for flag in SETTINGS}
-        | {
-            "head_as_in": dict(HEADS),
-            "microbatch_size": MICROBATCH_SIZE,
-            "sequence_length": SEQUENCE_LENGTH,
-        },
+        **this_run("gains", settings),
         "paper": PAPER,
         "means": means(rows),
         "rows": [row.to_json() for row in rows],

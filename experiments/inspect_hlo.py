@@ -10,7 +10,6 @@ experiments/hlo_ops.py says how the work of an op is estimated.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from rich.text import Text
 import jaxptis
 from experiments.chosen_model import MODEL, SIZE
 from experiments.hlo_page import save_page
+from experiments.json_output import has_folder, write_json
 from experiments.model_layers import loss_of
 from experiments.refused import refused_plainly
 from experiments.stage_hlo import Inspected, count, inspect, name_collectives, to_json
@@ -60,7 +60,7 @@ KIND = flags.DEFINE_multi_enum(
 OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder for the StableHLO and the optimized HLO of each program."
 )
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for all figures.")
+flags.declare_key_flag("json_output")  # --help lists it
 HTML_OUTPUT = flags.DEFINE_string("html_output", None, "File for a page with figures and HLO.")
 
 SETTINGS = (
@@ -69,11 +69,10 @@ SETTINGS = (
 )
 
 
-@flags.validator("json_output", "its folder does not exist; create it first")
-@flags.validator("html_output", "its folder does not exist; create it first")
-@flags.validator("output_dir", "the folder around it does not exist; create that first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
+flags.register_validator("html_output", has_folder, "its folder does not exist; create it first")
+flags.register_validator(
+    "output_dir", has_folder, "the folder around it does not exist; create that first"
+)
 
 
 @flags.validator("html_output", "it is a page for a browser; let it end in .html")
@@ -96,14 +95,14 @@ def main(argv: list[str]) -> None:
     if HTML_OUTPUT.value is not None:
         title = f"{MODEL.value} {SIZE.value}, {STRATEGY.value}, programs of the stages"
         save_page(HTML_OUTPUT.value, found, title=title)
-    if JSON_OUTPUT.value is not None:
-        results = {
+    write_json(
+        {
             "settings": {flag.name: flag.value for flag in SETTINGS},
             "jax": jax.__version__,
             "device": devices[0].device_kind,
             "programs": [to_json(each) for each in found],
         }
-        pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
+    )
 
 
 def find_devices() -> list[Any]:

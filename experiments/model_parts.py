@@ -21,9 +21,7 @@ shared machine can be twice as slow for seconds, which falls on both of a pair, 
 
 import dataclasses
 import functools
-import json
 import os
-import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,6 +33,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments.json_output import write_json
 from models.deepseek import SIZES
 from models.parts.mamba import chunk_scan
 from models.parts.moe import Router, apply_experts
@@ -64,15 +63,10 @@ EXPERTS = dataclasses.replace(
 NUM_REPETITIONS = flags.DEFINE_integer(
     "num_repetitions", 9, "How often everything is timed.", lower_bound=2
 )
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the ratios.")
+flags.declare_key_flag("json_output")  # --help lists it
 
 Case = tuple[Callable[..., jax.Array], tuple[jax.Array, ...]]
 """An implementation, and its arguments."""
-
-
-@flags.validator("json_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
 def main(argv: list[str]) -> None:
@@ -87,15 +81,15 @@ def main(argv: list[str]) -> None:
         name = f"experts: {num_tokens} tokens, {'uneven' if slope else 'even'}"
         ratios[name] = compare(experts(num_tokens, slope))
     report(ratios)
-    if JSON_OUTPUT.value is not None:
-        results = {
+    write_json(
+        {
             "num_repetitions": NUM_REPETITIONS.value,
             "jax": jax.__version__,
             "device": jax.devices()[0].device_kind,
             "num_cpus": os.cpu_count(),
             "ours_over_theirs": ratios,
         }
-        pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
+    )
 
 
 def scans(num_positions: int, num_heads: int, num_groups: int) -> dict[str, Case]:

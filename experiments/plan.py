@@ -10,8 +10,6 @@ below is proven, for transfers that take no time.
 """
 
 import dataclasses
-import json
-import pathlib
 import statistics
 import sys
 from collections.abc import Iterable
@@ -29,8 +27,8 @@ from experiments.chosen_layers import (
     OF_MODEL,
     chosen_layers,
     layers_settings,
-    layers_title,
 )
+from experiments.json_output import has_folder, write_json
 from experiments.predicted_step import (
     PredictedStep,
     predicted,
@@ -40,7 +38,7 @@ from experiments.predicted_step import (
 )
 from experiments.refused import refused_plainly
 from experiments.search_bar import search_bar
-from experiments.step_outputs import HTML_OUTPUT, JSON_OUTPUT, STEP_OUTPUTS, has_folder
+from experiments.step_outputs import STEP_OUTPUTS, write_page
 from experiments.tried import BASE, Tried, attempt
 from experiments.wide_console import wide_console
 from jaxptis.cluster import Cluster
@@ -94,12 +92,8 @@ def main(argv: list[str]) -> None:
     console.print(table_of(rows, certificate))
     if PLAN_OUTPUT.value is not None:
         step.plan.save(PLAN_OUTPUT.value)
-    if HTML_OUTPUT.value is not None:
-        title = f"{layers_title()}, {STRATEGY.value}, predicted"
-        step.timeline.save(HTML_OUTPUT.value, plan=step.plan, title=title)
-    if JSON_OUTPUT.value is not None:
-        figures = figures_of(step, certificate, rows) | {"layers": chosen.layers}
-        pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(figures, indent=1) + "\n")
+    write_page(step, STRATEGY.value)
+    write_json(figures_of(step, certificate, rows) | {"layers": chosen.layers})
     if rows[-1].refusal:
         sys.exit(rows[-1].refusal)
 

@@ -13,16 +13,15 @@ Links are free, as theirs are. Ratios are another's step over ours: above 1, our
 is by what fraction ours is longer than what is proven to be shorter than any.
 """
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 from absl import app, flags
 
+from experiments.json_output import write_json
 from experiments.published import PublishedPlan, published_costs, published_plans
 from jaxptis.cluster import Cluster, DeviceSpec
 from jaxptis.optimizer.certificate import certify
@@ -54,7 +53,7 @@ HEAD_SLICES = flags.DEFINE_list(
     ["1"],
     "Into how many slices a head may be cut: of k each takes 1/k of it, and 2 % more.",
 )
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the rows and their means.")
+flags.declare_key_flag("json_output")  # --help lists it
 
 
 def main(argv: Sequence[str]) -> None:
@@ -68,18 +67,16 @@ def main(argv: Sequence[str]) -> None:
             for seed in map(int, SEEDS.value):
                 rows.append({"size": size, "model": model, "seed": seed, **plan_row(others, seed)})
                 print(*(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
-                if JSON_OUTPUT.value:
-                    write(rows, JSON_OUTPUT.value)
+                write(rows)
     print(*means(rows), sep="\n")
 
 
-def write(rows: Sequence[dict[str, Any]], path: str) -> None:
+def write(rows: Sequence[dict[str, Any]]) -> None:
     """Writes the rows so far, so that they outlive an interruption."""
     settings = {
         flag.name: flag.value for flag in (TIME_LIMIT_S, STAGES, MEMORY_OF_1F1B, HEAD_SLICES)
     }
-    text = json.dumps({"settings": settings, "means": means(rows), "rows": rows}, indent=1)
-    Path(path).write_text(text + "\n")
+    write_json({"settings": settings, "means": means(rows), "rows": rows})
 
 
 def peers(model: str, num_devices: int, num_microbatches: int) -> dict[str, PublishedPlan]:

@@ -7,16 +7,15 @@ between embedding and head are repeated until there are as many as asked for. Li
 """
 
 import dataclasses
-import json
 import resource
 import time
 from collections.abc import Sequence
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
+from experiments.json_output import write_json
 from experiments.predicted_step import predicted
 from experiments.published import published_costs
 from experiments.tried import attempt
@@ -35,7 +34,7 @@ CASES = flags.DEFINE_list(
 LONGER_S = flags.DEFINE_list(
     "longer_s", ["10", "30", "0"], "Time limit of another search of each case; 0 for none."
 )
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the rows.")
+flags.declare_key_flag("json_output")  # --help lists it
 
 
 @flags.multi_flags_validator(
@@ -71,8 +70,7 @@ def main(argv: Sequence[str]) -> None:
             row["over_longer"] = step_s / longest_s
         rows.append(row)
         print(*(f"{name}={value}" for name, value in row.items()), flush=True)
-        if JSON_OUTPUT.value:
-            Path(JSON_OUTPUT.value).write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(rows)
 
 
 def repeated(num_layers: int) -> Costs:

@@ -9,8 +9,6 @@ experiments.measure_layers, `trainer.costs.save` or a person has written. The st
 the executor runs it: a device takes part in its transfers, and both ends wait until one is over.
 """
 
-import json
-import pathlib
 import sys
 from typing import Any
 
@@ -23,8 +21,8 @@ from experiments.chosen_layers import (
     OF_MODEL,
     chosen_layers,
     layers_settings,
-    layers_title,
 )
+from experiments.json_output import write_json
 from experiments.predicted_step import (
     PredictedStep,
     predicted,
@@ -33,7 +31,7 @@ from experiments.predicted_step import (
     why_it_does_not_fit,
 )
 from experiments.refused import refused_plainly
-from experiments.step_outputs import HTML_OUTPUT, JSON_OUTPUT, STEP_OUTPUTS
+from experiments.step_outputs import HTML_OUTPUT, STEP_OUTPUTS, write_page
 from experiments.wide_console import wide_console
 from jaxptis.cluster import DeviceSpec
 from jaxptis.make_plan import make_plan
@@ -78,10 +76,8 @@ def main(argv: list[str]) -> None:
         report(step, console)
         refusal = why_it_does_not_fit(step)
         figures |= {**to_json(step), "refusal": refusal}
-        if HTML_OUTPUT.value is not None:
-            step.timeline.save(HTML_OUTPUT.value, plan=step.plan, title=title())
-    if JSON_OUTPUT.value is not None:
-        pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(figures, indent=1) + "\n")
+        write_page(step, STRATEGY.value)
+    write_json(figures)
     if refusal is not None:
         sys.exit(refusal)
 
@@ -100,11 +96,6 @@ def settings() -> Json:
     """Returns the flags that count, by name."""
     step = OF_STEP if STRATEGY.value is not None else ()
     return {f.name: f.value for f in (*layers_settings(), *step) if f.value is not None}
-
-
-def title() -> str:
-    """Returns what the page is called."""
-    return f"{layers_title()}, {STRATEGY.value}, predicted"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,22 @@ def seconds_of(plan: Plan, costs: Costs) -> dict[str, float]:
     }
 
 
-class DrowsyCompiler(Compiler):
+class _TaskCompiler(Compiler):
+    """Knows what the tasks of a plan take."""
+
+    def __init__(self, devices: Sequence[jax.Device], plan: Plan, costs: Costs) -> None:
+        super().__init__(devices)
+        self._task_s = seconds_of(plan, costs)
+
+
+class _StandIn:
+    """What stands for a lowered program, and for a compiled one."""
+
+    def compile(self, compiler_options: Mapping[str, Any]) -> Self:
+        return self
+
+
+class DrowsyCompiler(_TaskCompiler):
     """Compiles programs that also sleep, in steps that are recorded, until their time is over.
 
     That time is what their task costs, times the factor of their device. In other steps they do not
@@ -57,9 +72,8 @@ class DrowsyCompiler(Compiler):
     """
 
     def __init__(self, devices: Sequence[jax.Device], plan: Plan, costs: Costs) -> None:
-        super().__init__(devices)
+        super().__init__(devices, plan, costs)
         self.factors = [1.0] * len(devices)
-        self._task_s = seconds_of(plan, costs)
 
     def programs(
         self, specs: Mapping[str, ProgramSpec], donated: Mapping[str, tuple[int, ...]]
@@ -75,14 +89,9 @@ class DrowsyCompiler(Compiler):
         }
 
 
-class _Drowsy:
-    """What stands for a lowered program, and for a compiled one."""
-
+class _Drowsy(_StandIn):
     def __init__(self, program: CompiledProgram, task_s: float, factors: list[float]) -> None:
         self._program, self._task_s, self._factors = program, task_s, factors
-
-    def compile(self, compiler_options: Mapping[str, Any]) -> "_Drowsy":
-        return self
 
     def memory_analysis(self) -> Any:
         return self._program.memory_analysis()
@@ -97,12 +106,8 @@ class _Drowsy:
         return results
 
 
-class SleepingCompiler(Compiler):
+class SleepingCompiler(_TaskCompiler):
     """Compiles transfers; all programs sleep for what their task costs, and return zeros."""
-
-    def __init__(self, devices: Sequence[jax.Device], plan: Plan, costs: Costs) -> None:
-        super().__init__(devices)
-        self._task_s = seconds_of(plan, costs)
 
     def programs(
         self, specs: Mapping[str, ProgramSpec], donated: Mapping[str, tuple[int, ...]]
@@ -118,18 +123,13 @@ class SleepingCompiler(Compiler):
         }
 
 
-class _Sleeper:
-    """What stands for a lowered program, and for a compiled one."""
-
+class _Sleeper(_StandIn):
     def __init__(self, spec: ProgramSpec, task_s: float, devices: Sequence[jax.Device]) -> None:
         self._task_s = task_s
         self._results = [
             jax.device_put(jnp.zeros(aval.shape, aval.dtype), devices[spec.device])
             for aval in spec.out_avals
         ]
-
-    def compile(self, compiler_options: Mapping[str, Any]) -> "_Sleeper":
-        return self
 
     def memory_analysis(self) -> None:
         """Nothing is known of it."""

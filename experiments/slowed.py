@@ -11,13 +11,7 @@ of any model. A step is measured from its first task to the end of its last.
 
 import dataclasses
 import itertools
-import json
-import os
-import pathlib
-import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +23,7 @@ from rich.table import Table
 
 import jaxptis
 from experiments.compilations import counted_compilations
+from experiments.json_output import this_run, write_json
 from experiments.refused import refused_plainly
 from experiments.sleeping import DrowsyCompiler
 from experiments.wide_console import wide_console
@@ -52,7 +47,7 @@ SLOWER = flags.DEFINE_float(
     "slower", 16.0, "How many times as long all tasks take as their layers.", lower_bound=1.0
 )
 NUM_STEPS = flags.DEFINE_integer("num_steps", 3, "Steps to record of each.", lower_bound=1)
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the settings and the results.")
+flags.declare_key_flag("json_output")  # --help lists it
 
 SEQUENCE_LENGTH = 64  # tokens predicted in each sequence; a microbatch is one sequence
 SETTINGS = (
@@ -65,11 +60,6 @@ SETTINGS = (
     SLOWER,
     NUM_STEPS,
 )
-
-
-@flags.validator("json_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
 @flags.multi_flags_validator(
@@ -161,9 +151,7 @@ def main(argv: list[str]) -> None:
         row, adaptation = compare(strategy, workload, plan, device)
         console.print(f"{strategy}, device {device} is slowed: {adaptation}", markup=False)
         rows.append(row)
-        if JSON_OUTPUT.value is not None:
-            text = json.dumps(to_json(rows), indent=1)
-            pathlib.Path(JSON_OUTPUT.value).write_text(text + "\n")
+        write_json(to_json(rows))
     report(rows, console)
 
 
@@ -256,11 +244,7 @@ def milliseconds(seconds: float) -> str:
 def to_json(rows: Sequence[Row]) -> dict[str, Any]:
     """Returns the settings, by the names of their flags, and the figures."""
     return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "num_cpus": os.cpu_count(),
-        "command": f"python -m experiments.slowed {shlex.join(sys.argv[1:])}",
-        "settings": {flag.name: flag.value for flag in SETTINGS},
+        **this_run("slowed", {flag.name: flag.value for flag in SETTINGS}),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
 

@@ -7,9 +7,6 @@ repetition runs all of them, so that what else the machine does falls on both si
 """
 
 import functools
-import json
-import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxptis
+from experiments.json_output import this_run, write_json
 from jaxptis.executor.compiled import CompiledProgram
 from jaxptis.plan import StagePlan, Task
 from models import next_token_loss
@@ -49,7 +47,7 @@ SEQUENCE_LENGTH = flags.DEFINE_integer(
 NUM_REPETITIONS = flags.DEFINE_integer(
     "num_repetitions", 20, "How often every program is timed.", lower_bound=2
 )
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the settings and the ratios.")
+flags.declare_key_flag("json_output")  # --help lists it
 
 Parts = tuple[CompiledProgram, CompiledProgram, CompiledProgram]  # B, I, W
 
@@ -60,11 +58,6 @@ flags.register_validator(
 )
 
 
-@flags.validator("json_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
-
-
 def main(argv: list[str]) -> None:
     """Measures, prints the ratios, and writes them to --json_output."""
     if argv[1:]:
@@ -72,14 +65,8 @@ def main(argv: list[str]) -> None:
     stages = compile_stages()
     ratios = summarize(measure_cpu_time(stages), count_flops(stages))
     report(ratios)
-    if JSON_OUTPUT.value is not None:
-        results = {
-            "settings": {flag.name: flag.value for flag in SETTINGS},
-            "jax": jax.__version__,
-            "num_cpus": os.cpu_count(),
-            "split_over_whole": ratios,
-        }
-        pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
+    settings = {flag.name: flag.value for flag in SETTINGS}
+    write_json(this_run("split_cost", settings) | {"split_over_whole": ratios})
 
 
 def compile_stages() -> dict[str, Parts]:

@@ -1,20 +1,24 @@
 """The flags for files of a planned step."""
 
-import pathlib
-
 from absl import flags
 
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for all figures.")
+from experiments.chosen_layers import layers_title
+from experiments.json_output import JSON_OUTPUT, has_folder
+from experiments.predicted_step import PredictedStep
+
 HTML_OUTPUT = flags.DEFINE_string("html_output", None, "File for a page that shows the step.")
 
 STEP_OUTPUTS = (JSON_OUTPUT, HTML_OUTPUT)
 
 
-@flags.validator("json_output", "its folder does not exist; create it first")
-@flags.validator("html_output", "its folder does not exist; create it first")
-def has_folder(path: str | None) -> bool:
-    """Whether a file can be written at this path, if there is one."""
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
+flags.register_validator("html_output", has_folder, "its folder does not exist; create it first")
+
+
+def write_page(step: PredictedStep, strategy: str) -> None:
+    """Writes a page of the step of a strategy to --html_output, if it is given."""
+    if HTML_OUTPUT.value is not None:
+        title = f"{layers_title()}, {strategy}, predicted"
+        step.timeline.save(HTML_OUTPUT.value, plan=step.plan, title=title)
 
 
 @flags.validator("html_output", "it is a page for a browser; let it end in .html")

@@ -5,7 +5,6 @@ python -m experiments.train --load=llama-2-7b --tokenizer=llama-2-7b/tokenizer.j
 python -m experiments.launch --num_processes=4 -- experiments.train --num_devices=4  # one each
 """
 
-import json
 import pathlib
 import shutil
 import statistics
@@ -24,6 +23,7 @@ import jaxptis
 from experiments import distributed
 from experiments.chosen_model import MODEL, SIZE
 from experiments.corpus import Corpus, as_bytes, load_corpus, sample_batch, spread_batches
+from experiments.json_output import write_json
 from experiments.refused import refused_plainly
 from experiments.report import History, report
 from experiments.tokenizer import read_tokenizer
@@ -80,7 +80,7 @@ LEARNING_RATE = flags.DEFINE_float(
 )
 SEED = flags.DEFINE_integer("seed", 0, "Of the parameters and the order of the data.")
 DUMP_TO = flags.DEFINE_string("dump_to", None, "Folder for every step of the compilation, as text.")
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the settings and the results.")
+flags.declare_key_flag("json_output")  # --help lists it
 
 SETTINGS = (
     MODEL,
@@ -113,11 +113,6 @@ def _says_it_once(values: dict[str, Any]) -> bool:
 )
 def _divides(values: dict[str, Any]) -> bool:
     return values["batch_size"] % values["num_microbatches"] == 0
-
-
-@flags.validator("json_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
 @flags.validator("save", "name a new folder, or an empty one, in a folder that exists")
@@ -159,9 +154,8 @@ def main(argv: list[str]) -> None:
     report(trainer, history, corpus, console)
     if SAVE.value is not None:
         save_with_tokenizer(SAVE.value, module, params)
-    if JSON_OUTPUT.value is not None and first:
-        results = to_json(trainer, history, corpus)
-        pathlib.Path(JSON_OUTPUT.value).write_text(json.dumps(results, indent=1) + "\n")
+    if first:
+        write_json(to_json(trainer, history, corpus))
 
 
 def make_model() -> tuple[Model, Any, Any]:

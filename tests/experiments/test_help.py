@@ -7,7 +7,10 @@ import pytest
 
 @pytest.mark.parametrize(
     "program",
-    ["compare", "gains", "inspect_hlo", "measure_layers", "plan", "show_plan", "train"],
+    [
+        *("compare", "gains", "inspect_hlo", "measure_layers", "plan", "plan_tables"),
+        *("plan_times", "show_plan", "slowed", "split_cost", "train"),
+    ],
 )
 def test_help_lists_the_flags_of_shared_files_too(program):
     """It lists those that are key, of which absl tells in XML."""
