@@ -7,14 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
 
 import jaxptis
 from jaxptis.plan import StagePlan
 from jaxptis.schedules import schedule
+from tests.plain_training import (
+    CLIP_NORM,
+    NUM_STEPS,
+    OPTIMIZERS,
+    RTOL,
+    batches,
+    check_steps,
+    device_sets,
+    find_adam,
+    sharding_devices,
+)
 from tests.small_models import (
     HIDDEN,
-    IN,
     OUT,
     WIDTH,
     assert_close,
@@ -24,18 +33,6 @@ from tests.small_models import (
     make_params,
     normal,
 )
-
-NUM_STEPS = 10
-CLIP_NORM = 1.0
-OPTIMIZERS = {
-    "adamw": optax.adamw(1e-2, weight_decay=0.1),
-    # The norm is well above the limit (a test looks), so the gradients of all stages must meet.
-    "clipped": optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM), optax.adamw(1e-2, eps=1e-4, weight_decay=0.1)
-    ),
-}
-# Float32 sums in another order: 1e-7 a step, and Adam divides by the root of small numbers.
-RTOL = 1e-5
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -57,66 +54,6 @@ def plain_pipelined():
     return make_pipelined()
 
 
-def batches(num_steps=NUM_STEPS):
-    return [make_batch(seed=1000 + 2 * step) for step in range(num_steps)]
-
-
-def train_plainly(loss, optimizer, params, data):
-    """Return parameters, optimizer state and losses after a plain loop over `data`."""
-
-    @jax.jit
-    def step(params, opt_state, batch):
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
-
-    opt_state, losses = optimizer.init(params), []
-    for batch in data:
-        params, opt_state, value = step(params, opt_state, batch)
-        losses.append(float(value))
-    return params, opt_state, losses
-
-
-def check_steps(step, state, loss, optimizer, params, data):
-    """Take a step per batch, compare with a plain loop from `params`; return the last state."""
-    losses = []
-    for batch in data:
-        state, metrics = step(state, batch)
-        assert metrics.keys() == {"loss"}
-        losses.append(float(metrics["loss"]))
-    wanted_params, wanted_state, wanted_losses = train_plainly(loss, optimizer, params, data)
-    assert state.step == len(data)
-    assert_close(state.params, wanted_params, rtol=RTOL)
-    for got, want in zip(
-        by_moment(state.opt_state), by_moment(wanted_state), strict=True
-    ):  # second moments are squares, so each has its own scale
-        assert_close(got, want, rtol=RTOL)
-    assert jax.tree.structure(state.opt_state) == jax.tree.structure(wanted_state)
-    np.testing.assert_allclose(losses, wanted_losses, rtol=RTOL)
-    return state
-
-
-def by_moment(opt_state):
-    adam = find_adam(opt_state)
-    rest = jax.tree.map(
-        lambda x: () if isinstance(x, optax.ScaleByAdamState) else x,
-        opt_state,
-        is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState),
-    )
-    return adam.count, adam.mu, adam.nu, rest
-
-
-def find_adam(opt_state):
-    (adam,) = (
-        leaf
-        for leaf in jax.tree.leaves(
-            opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)
-        )
-        if isinstance(leaf, optax.ScaleByAdamState)
-    )
-    return adam
-
-
 def devices_of(plan, *layers):
     """Return the devices of the stages that hold `layers`."""
     found = {
@@ -127,10 +64,6 @@ def devices_of(plan, *layers):
     }
     assert found, layers
     return found
-
-
-def device_sets(tree):
-    return jax.tree.map(lambda leaf: leaf.sharding.device_set, tree)
 
 
 def assert_copies_equal(leaf, num_copies):
@@ -161,10 +94,6 @@ def test_ten_steps(optimizer):
             for leaf in leaves.values():
                 assert leaf.sharding.device_set == devices_of(plan, f"blocks/{i}")
     assert len(set().union(*map(sharding_devices, jax.tree.leaves(state.params)))) == 4
-
-
-def sharding_devices(leaf):
-    return leaf.sharding.device_set
 
 
 def test_clipping_is_active():
@@ -311,112 +240,6 @@ def test_auxiliary_output_among_the_metrics():
         want = float(loss_fn(make_params(), data[0]))
         assert float(got["loss"]) == pytest.approx(want, rel=RTOL)
         assert float(got["aux"]["twice"]) == pytest.approx(2 * want, rel=RTOL)
-
-
-class Linen(linen.Module):
-    width: int = WIDTH
-
-    @linen.compact
-    def __call__(self, x):
-        x = linen.Dense(self.width)(x)
-        for _ in range(2):
-            x = x + linen.Dense(self.width)(jnp.tanh(linen.Dense(HIDDEN)(x)))
-        return linen.Dense(OUT)(x)
-
-
-class NnxBlock(nnx.Module):
-    def __init__(self, width, rngs):
-        self.up = nnx.Linear(width, HIDDEN, rngs=rngs)
-        self.down = nnx.Linear(HIDDEN, width, rngs=rngs)
-
-    def __call__(self, x):
-        return x + self.down(jnp.tanh(self.up(x)))
-
-
-class Nnx(nnx.Module):
-    def __init__(self, width, *, rngs):
-        self.first = nnx.Linear(IN, width, rngs=rngs)
-        self.blocks = nnx.List([NnxBlock(width, rngs) for _ in range(2)])
-        self.head = nnx.Linear(width, OUT, rngs=rngs)
-
-    def __call__(self, x):
-        x = self.first(x)
-        for each in self.blocks:
-            x = each(x)
-        return self.head(x)
-
-
-def model_loss(model, batch):
-    return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
-
-
-def decorate(cls):
-    return jaxptis.pipeline(cls, strategy="1f1b", num_microbatches=4, devices=jax.devices()[:4])
-
-
-def check_trainer(trainer, key, loss, params, optimizer):
-    """Train as `trainer` and plainly; `params` is what it must start from."""
-    data = batches()
-    state = trainer.init(key, data[0])
-    # The same random bits, made into numbers by another fusion of the same arithmetic.
-    assert_close(state.params, params, rtol=1e-6)
-    adam = find_adam(state.opt_state)
-    places = device_sets(state.params)
-    found = list(map(sharding_devices, jax.tree.leaves(state.params)))
-    assert all(len(devices) == 1 for devices in found) and len(set().union(*found)) == 4
-    assert device_sets(adam.mu) == places and device_sets(adam.nu) == places
-    before = trainer.evaluate(state, data[0])["loss"]
-    assert float(before) == pytest.approx(float(loss(params, data[0])), rel=RTOL)
-    check_steps(trainer.step, state, loss, optimizer, params, data)
-    assert trainer.num_tasks == 2 * 4 * 4  # forward and backward, stages, microbatches
-    assert trainer.host_s_per_task > 0
-    assert trainer.plan.num_stages == len(trainer.stages) == 4
-    assert trainer.timeline.text()
-
-
-def test_linen_class():
-    optimizer = OPTIMIZERS["clipped"]
-    model = decorate(Linen)()
-    key = jax.random.key(5)
-    trainer = model.trainer(loss=model_loss, optimizer=optimizer)
-    plain = Linen()
-    params = plain.init(key, batches(1)[0]["x"])["params"]
-
-    def loss(params, batch):
-        return model_loss(functools.partial(plain.apply, {"params": params}), batch)
-
-    check_trainer(trainer, key, loss, params, optimizer)
-
-
-def nnx_parts(key):
-    graphdef, params = nnx.split(Nnx(WIDTH, rngs=nnx.Rngs(key)), nnx.Param)
-
-    def loss(params, batch):
-        return model_loss(nnx.merge(graphdef, params), batch)
-
-    return loss, params
-
-
-def test_nnx_class():
-    optimizer = OPTIMIZERS["adamw"]
-    key = jax.random.key(5)
-    trainer = decorate(Nnx).trainer(WIDTH, loss=model_loss, optimizer=optimizer)
-    loss, params = nnx_parts(key)
-    check_trainer(trainer, key, loss, params, optimizer)
-
-
-def test_nnx_instance():
-    key = jax.random.key(6)
-    model = decorate(Nnx)(WIDTH, rngs=nnx.Rngs(key))
-    trainer = model.trainer(loss=model_loss, optimizer=OPTIMIZERS["adamw"])
-    loss, params = nnx_parts(key)
-    check_trainer(trainer, None, loss, params, OPTIMIZERS["adamw"])
-    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batches(1)[0])
-    placed = nnx.to_pure_dict(trainer.init(None, types).params)
-    jax.tree.map(np.testing.assert_array_equal, placed, nnx.to_pure_dict(params))
-    # The instance keeps the parameters that it had.
-    _, kept = nnx.split(model, nnx.Param)
-    jax.tree.map(np.testing.assert_array_equal, kept, params)
 
 
 def test_bfloat16_parameters():
