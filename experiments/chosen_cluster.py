@@ -5,12 +5,9 @@ import math
 
 from absl import flags
 
+from experiments.chosen_pipeline import NUM_DEVICES, NUM_MICROBATCHES
 from jaxptis.cluster import Cluster, DeviceSpec, Link
 
-NUM_DEVICES = flags.DEFINE_integer("num_devices", 4, "Devices in the pipeline.", lower_bound=1)
-NUM_MICROBATCHES = flags.DEFINE_integer(
-    "num_microbatches", 8, "Parts that each batch is cut into.", lower_bound=1
-)
 MEMORY_LIMIT_GIB = flags.DEFINE_float(
     "memory_limit_gib",
     None,

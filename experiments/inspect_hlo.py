@@ -24,8 +24,9 @@ from rich.text import Text
 
 import jaxptis
 from experiments.chosen_model import MODEL, SIZE
+from experiments.chosen_pipeline import NUM_DEVICES, NUM_MICROBATCHES
 from experiments.hlo_page import save_page
-from experiments.json_output import has_folder, write_json
+from experiments.json_output import JSON_OUTPUT, has_folder, write_json
 from experiments.model_layers import loss_of
 from experiments.refused import refused_plainly
 from experiments.stage_hlo import Inspected, count, inspect, name_collectives, to_json
@@ -36,12 +37,8 @@ from jaxptis.executor.stage_tasks import KINDS
 from jaxptis.pictures.words import duration, layer_names, percent, size
 from models import MODELS
 
-for flag in (MODEL, SIZE):
+for flag in (MODEL, SIZE, NUM_DEVICES, NUM_MICROBATCHES, JSON_OUTPUT):
     flags.declare_key_flag(flag.name)  # which --help lists
-NUM_DEVICES = flags.DEFINE_integer("num_devices", 4, "Devices in the pipeline.", lower_bound=1)
-NUM_MICROBATCHES = flags.DEFINE_integer(
-    "num_microbatches", 8, "Parts that each batch is cut into.", lower_bound=1
-)
 STRATEGY = flags.DEFINE_string(
     "strategy", "1f1b", "A schedule such as 1f1b or zb-v, or the path of a plan file."
 )
@@ -60,7 +57,6 @@ KIND = flags.DEFINE_multi_enum(
 OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder for the StableHLO and the optimized HLO of each program."
 )
-flags.declare_key_flag("json_output")  # --help lists it
 HTML_OUTPUT = flags.DEFINE_string("html_output", None, "File for a page with figures and HLO.")
 
 SETTINGS = (

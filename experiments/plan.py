@@ -21,13 +21,14 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from experiments.chosen_cluster import NUM_MICROBATCHES, OF_CLUSTER, chosen_cluster
+from experiments.chosen_cluster import OF_CLUSTER, chosen_cluster
 from experiments.chosen_layers import (
     COSTS,
     OF_MODEL,
     chosen_layers,
     layers_settings,
 )
+from experiments.chosen_pipeline import NUM_MICROBATCHES
 from experiments.json_output import has_folder, write_json
 from experiments.predicted_step import (
     PredictedStep,

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from experiments.chosen_cluster import NUM_MICROBATCHES, OF_CLUSTER, chosen_cluster
+from experiments.chosen_cluster import OF_CLUSTER, chosen_cluster
 from experiments.chosen_costs import DEVICE, OPTIMIZER
 from experiments.chosen_layers import (
     COSTS,
@@ -22,6 +22,7 @@ from experiments.chosen_layers import (
     chosen_layers,
     layers_settings,
 )
+from experiments.chosen_pipeline import NUM_MICROBATCHES
 from experiments.json_output import write_json
 from experiments.predicted_step import (
     PredictedStep,

@@ -22,8 +22,9 @@ from rich.progress import Progress
 import jaxptis
 from experiments import distributed
 from experiments.chosen_model import MODEL, SIZE
+from experiments.chosen_pipeline import NUM_DEVICES, NUM_MICROBATCHES
 from experiments.corpus import Corpus, as_bytes, load_corpus, sample_batch, spread_batches
-from experiments.json_output import write_json
+from experiments.json_output import JSON_OUTPUT, write_json
 from experiments.refused import refused_plainly
 from experiments.report import History, report
 from experiments.tokenizer import read_tokenizer
@@ -37,7 +38,7 @@ NUM_EVALUATION_BATCHES = 4
 TOKENIZER_JSON = "tokenizer.json"
 
 flags.adopt_module_key_flags(distributed)  # --help lists them
-for flag in (MODEL, SIZE):
+for flag in (MODEL, SIZE, NUM_DEVICES, NUM_MICROBATCHES, JSON_OUTPUT):
     flags.declare_key_flag(flag.name)
 LOAD = flags.DEFINE_string(
     "load", None, "Folder of a Hugging Face checkpoint to go on from, in place of a model and size."
@@ -50,10 +51,6 @@ TOKENIZER = flags.DEFINE_string(
 )
 SAVE = flags.DEFINE_string(
     "save", None, "New folder for what comes of the model, as a Hugging Face checkpoint."
-)
-NUM_DEVICES = flags.DEFINE_integer("num_devices", 4, "Devices in the pipeline.", lower_bound=1)
-NUM_MICROBATCHES = flags.DEFINE_integer(
-    "num_microbatches", 8, "Parts that each batch is cut into.", lower_bound=1
 )
 STRATEGY = flags.DEFINE_string(
     "strategy",
@@ -80,7 +77,6 @@ LEARNING_RATE = flags.DEFINE_float(
 )
 SEED = flags.DEFINE_integer("seed", 0, "Of the parameters and the order of the data.")
 DUMP_TO = flags.DEFINE_string("dump_to", None, "Folder for every step of the compilation, as text.")
-flags.declare_key_flag("json_output")  # --help lists it
 
 SETTINGS = (
     MODEL,

@@ -59,6 +59,20 @@ def _any(parts, name):
 
 
 @pytest.fixture
+def compilations(monkeypatch):
+    """A list that grows by one entry a compilation of a lowered program."""
+    compiled = []
+    original = jax.stages.Lowered.compile
+
+    def count(lowered, *args, **kwargs):
+        compiled.append(lowered)
+        return original(lowered, *args, **kwargs)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", count)
+    return compiled
+
+
+@pytest.fixture
 def lenient():
     """Standard promotion, for code that nobody here wrote: optax, transformers, tunix."""
     with jax.numpy_dtype_promotion("standard"):

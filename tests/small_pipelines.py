@@ -6,6 +6,10 @@ import pytest
 from flax import nnx
 
 import jaxptis
+from jaxptis.cluster import Cluster
+from jaxptis.compile import analyse
+from jaxptis.options import Options
+from jaxptis.placement import aval_of
 from jaxptis.plan import Plan, StagePlan
 from jaxptis.schedules import schedule
 from tests.small_models import IN, OUT, assert_close, loss_fn, make_batch, make_params
@@ -67,3 +71,18 @@ def refuse(message, pipelined, params=None, batch=None):
     for call in pipelined.value_and_grad, pipelined.evaluate:
         with pytest.raises(ValueError, match=message):
             call(params, batch)
+
+
+def analysis_of(loss, params, batch, num_devices, num_microbatches):
+    """Return what all plans for a loss, arrays and devices have in common."""
+    devices = tuple(jax.devices()[:num_devices])
+    options = Options(
+        num_microbatches=num_microbatches,
+        devices=devices,
+        strategy="1f1b",
+        batch_axes=0,
+        has_aux=False,
+        cluster=Cluster.of(devices),
+        dump_to=None,
+    )
+    return analyse(loss, *jax.tree.map(aval_of, (params, batch)), options)

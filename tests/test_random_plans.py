@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.random_plan import random_plan
-from jaxptis.cluster import Cluster
-from jaxptis.compile import analyse, build
+from jaxptis.compile import build
 from jaxptis.executor import holdings, steps
 from jaxptis.executor.compiled import Compiler
-from jaxptis.options import Options
-from jaxptis.placement import Placement, aval_of
+from jaxptis.placement import Placement
 from tests.small_models import IN, WIDTH, assert_close, block, block_params, matrix, normal
+from tests.small_pipelines import analysis_of
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -47,21 +46,7 @@ def loss_fn(params, batch):
 
 @functools.cache
 def analysis():
-    types = jax.tree.map(aval_of, (make_params(0), make_batch(0)))
-    devices = tuple(jax.devices()[:DEVICES])
-    return analyse(
-        loss_fn,
-        *types,
-        Options(
-            num_microbatches=NUM_MICROBATCHES,
-            devices=devices,
-            strategy="1f1b",
-            batch_axes=0,
-            has_aux=False,
-            cluster=Cluster.of(devices),
-            dump_to=None,
-        ),
-    )
+    return analysis_of(loss_fn, make_params(0), make_batch(0), DEVICES, NUM_MICROBATCHES)
 
 
 @functools.cache

@@ -13,15 +13,16 @@ from flax import nnx
 
 from jaxptis.call import Call, Compiled
 from jaxptis.cluster import Cluster
-from jaxptis.compile import Analysis, analyse, build
+from jaxptis.compile import Analysis, build
 from jaxptis.executor.compiled import Compiler
 from jaxptis.make_plan import PLANNERS, make_plan
-from jaxptis.options import Options
 from jaxptis.placement import aval_of
 from jaxptis.schedules import FAMILIES
 from models import MODELS as OURS
 from models import next_token_loss
+from tests import foreign_models
 from tests.small_models import assert_close
+from tests.small_pipelines import analysis_of
 
 # As many microbatches as "dualpipe-v" demands on four devices, of one sequence each.
 DEVICES = 4
@@ -33,11 +34,7 @@ SEEDS = (1, 2)
 
 pytestmark = [
     pytest.mark.usefixtures("compiled_quickly", "lenient"),
-    # What tunix 0.1.7 still uses of jax and flax.
-    pytest.mark.filterwarnings("ignore:jax.experimental.shard_map is deprecated"),
-    pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources is deprecated"),
-    pytest.mark.filterwarnings("ignore:'sharding' is deprecated, use 'out_sharding'"),
-    pytest.mark.filterwarnings("ignore:'.value' access is now deprecated"),
+    *foreign_models.WARNINGS,
 ]
 
 
@@ -71,18 +68,8 @@ class Model:
     @functools.cached_property
     def analysis(self) -> Analysis:
         """What all plans have in common."""
-        devices = tuple(jax.devices()[:DEVICES])
-        options = Options(
-            num_microbatches=NUM_MICROBATCHES,
-            devices=devices,
-            strategy="1f1b",
-            batch_axes=0,
-            has_aux=False,
-            cluster=Cluster.of(devices),
-            dump_to=None,
-        )
-        params, batch = jax.tree.map(aval_of, self.draw(0))
-        return analyse(self.loss, params, batch, options)
+        params, batch = self.draw(0)
+        return analysis_of(self.loss, params, batch, DEVICES, NUM_MICROBATCHES)
 
     @functools.cached_property
     def compiler(self):

@@ -21,11 +21,7 @@ FOREIGN = [name for name in foreign_models.MODELS if not name.endswith("_dropout
 
 pytestmark = [
     pytest.mark.usefixtures("compiled_quickly", "lenient"),
-    # What tunix 0.1.7 still uses of jax and flax.
-    pytest.mark.filterwarnings("ignore:jax.experimental.shard_map is deprecated"),
-    pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources is deprecated"),
-    pytest.mark.filterwarnings("ignore:'sharding' is deprecated, use 'out_sharding'"),
-    pytest.mark.filterwarnings("ignore:'.value' access is now deprecated"),
+    *foreign_models.WARNINGS,
 ]
 
 

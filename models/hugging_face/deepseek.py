@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from models.deepseek import DeepSeekConfig
 from models.hugging_face.fixed import check_fixed
-from models.hugging_face.stored import Stored, kernel, plain
+from models.hugging_face.stored import Stored, gated_mlp, kernel, plain
 from models.parts.mla import Yarn
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
@@ -194,7 +194,7 @@ def _block(config: DeepSeekConfig, ours: str, theirs: str, *, is_dense: bool) ->
     norm = plain(f"{theirs}.post_attention_layernorm")
     found = _attention(config, f"{ours}/attention", theirs) | {f"{ours}/{kind}/norm/scale": norm}
     if is_dense:
-        return found | _mlp(f"{ours}/mlp", f"{theirs}.mlp")
+        return found | gated_mlp(f"{ours}/mlp", f"{theirs}.mlp")
     return found | _experts(config, f"{ours}/experts", f"{theirs}.mlp")
 
 
@@ -217,7 +217,7 @@ def _attention(config: DeepSeekConfig, ours: str, block: str) -> dict[str, Store
 
 
 def _experts(config: DeepSeekConfig, ours: str, theirs: str) -> dict[str, Stored]:
-    found = _mlp(f"{ours}/shared", f"{theirs}.shared_experts")
+    found = gated_mlp(f"{ours}/shared", f"{theirs}.shared_experts")
     found[f"{ours}/router/kernel"] = kernel(f"{theirs}.gate")
     if config.scoring == "sigmoid":
         found[f"{ours}/router/bias"] = Stored(names=(f"{theirs}.gate.e_score_correction_bias",))
@@ -225,9 +225,3 @@ def _experts(config: DeepSeekConfig, ours: str, theirs: str) -> dict[str, Stored
         names = [f"{theirs}.experts.{e}.{part}_proj" for e in range(config.num_experts)]
         found[f"{ours}/routed/{part}"] = kernel(*names)
     return found
-
-
-def _mlp(ours: str, theirs: str) -> dict[str, Stored]:
-    return {
-        f"{ours}/{part}/kernel": kernel(f"{theirs}.{part}_proj") for part in ("gate", "up", "down")
-    }

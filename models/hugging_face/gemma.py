@@ -9,7 +9,7 @@ from typing import Any
 
 from models.gemma import GemmaConfig
 from models.hugging_face.fixed import check_fixed
-from models.hugging_face.stored import Stored, kernel, plain
+from models.hugging_face.stored import Stored, attention, gated_mlp, plain
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 PREFIX = "language_model."
@@ -119,17 +119,11 @@ def stored_as(config: GemmaConfig) -> dict[str, Stored]:
     }
     for i in range(config.num_blocks):
         ours, theirs = f"layers_{i}", f"model.layers.{i}"
-        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
         found |= {
             f"{ours}/attention/norm/scale": plain(f"{theirs}.input_layernorm"),
-            f"{ours}/attention/query/kernel": kernel(f"{attention}.q_proj"),
-            f"{ours}/attention/key/kernel": kernel(f"{attention}.k_proj"),
-            f"{ours}/attention/value/kernel": kernel(f"{attention}.v_proj"),
-            f"{ours}/attention/out/kernel": kernel(f"{attention}.o_proj", num_inputs=2),
+            **attention(f"{ours}/attention", f"{theirs}.self_attn"),
             f"{ours}/mlp/norm/scale": plain(f"{theirs}.{before_mlp}_layernorm"),
-            f"{ours}/mlp/gate/kernel": kernel(f"{mlp}.gate_proj"),
-            f"{ours}/mlp/up/kernel": kernel(f"{mlp}.up_proj"),
-            f"{ours}/mlp/down/kernel": kernel(f"{mlp}.down_proj"),
+            **gated_mlp(f"{ours}/mlp", f"{theirs}.mlp"),
         }
         if config.generation >= 2:
             found |= {
@@ -138,8 +132,8 @@ def stored_as(config: GemmaConfig) -> dict[str, Stored]:
             }
         if config.generation >= 3:
             found |= {
-                f"{ours}/attention/query_norm/scale": plain(f"{attention}.q_norm"),
-                f"{ours}/attention/key_norm/scale": plain(f"{attention}.k_norm"),
+                f"{ours}/attention/query_norm/scale": plain(f"{theirs}.self_attn.q_norm"),
+                f"{ours}/attention/key_norm/scale": plain(f"{theirs}.self_attn.k_norm"),
             }
     return found
 

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from models.hugging_face.fixed import check_fixed
-from models.hugging_face.stored import Stored, kernel, plain
+from models.hugging_face.stored import Stored, attention, gated_mlp, kernel, plain
 from models.llama2 import Llama2Config
 
 MODEL_TYPES = ("llama",)
@@ -75,16 +75,10 @@ def stored_as(config: Llama2Config) -> dict[str, Stored]:
     }
     for i in range(config.num_blocks):
         ours, theirs = f"layers_{i}", f"model.layers.{i}"
-        attention, mlp = f"{theirs}.self_attn", f"{theirs}.mlp"
         found |= {
             f"{ours}/attention/norm/scale": plain(f"{theirs}.input_layernorm"),
-            f"{ours}/attention/query/kernel": kernel(f"{attention}.q_proj"),
-            f"{ours}/attention/key/kernel": kernel(f"{attention}.k_proj"),
-            f"{ours}/attention/value/kernel": kernel(f"{attention}.v_proj"),
-            f"{ours}/attention/out/kernel": kernel(f"{attention}.o_proj", num_inputs=2),
+            **attention(f"{ours}/attention", f"{theirs}.self_attn"),
             f"{ours}/mlp/norm/scale": plain(f"{theirs}.post_attention_layernorm"),
-            f"{ours}/mlp/gate/kernel": kernel(f"{mlp}.gate_proj"),
-            f"{ours}/mlp/up/kernel": kernel(f"{mlp}.up_proj"),
-            f"{ours}/mlp/down/kernel": kernel(f"{mlp}.down_proj"),
+            **gated_mlp(f"{ours}/mlp", f"{theirs}.mlp"),
         }
     return found

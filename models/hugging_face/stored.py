@@ -56,5 +56,19 @@ def plain(name: str, copies: tuple[str, ...] = ()) -> Stored:
     return Stored(names=_weights([name]), copies=_weights(copies))
 
 
+def attention(ours: str, theirs: str) -> dict[str, Stored]:
+    """Return where the kernels of an attention are, by their paths."""
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+    found = {f"{ours}/{our}/kernel": kernel(f"{theirs}.{their}") for our, their in names.items()}
+    return found | {f"{ours}/out/kernel": kernel(f"{theirs}.o_proj", num_inputs=2)}
+
+
+def gated_mlp(ours: str, theirs: str) -> dict[str, Stored]:
+    """Return where the kernels of an MLP with a gate are, by their paths."""
+    return {
+        f"{ours}/{part}/kernel": kernel(f"{theirs}.{part}_proj") for part in ("gate", "up", "down")
+    }
+
+
 def _weights(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{name}.weight" for name in names)

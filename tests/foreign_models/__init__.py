@@ -4,6 +4,8 @@
 asks for that others do not.
 """
 
+import pytest
+
 from tests.foreign_models import flax_examples, transformers_models, tunix_models
 
 MODELS = {
@@ -26,3 +28,14 @@ MODELS = {
         flax_examples.lm1b,
     )
 }
+
+# What tunix 0.1.7 still uses of jax and flax.
+WARNINGS = [
+    pytest.mark.filterwarnings(f"ignore:{each}")
+    for each in (
+        "jax.experimental.shard_map is deprecated",
+        "jax.interpreters.pxla.thread_resources is deprecated",
+        "'sharding' is deprecated, use 'out_sharding'",
+        "'.value' access is now deprecated",
+    )
+]

@@ -254,3 +254,17 @@ def case(name):
     """Return a model and its layers; each is made once."""
     loss, params, batch = MODELS[name]()
     return Case(loss, params, batch, layers_of(loss, params, batch, has_aux=True))
+
+
+def transformer(num_blocks):
+    """Return the layers of an embedding, equal blocks and a head."""
+    block = {"scale": array(8), "up": array(8, 32), "bias": array(32), "down": array(32, 8)}
+    params = {"embedding": array(16, 8), "blocks": [block] * num_blocks, "head": array(8, 16)}
+
+    def loss(p, ids):
+        x = p["embedding"][ids]
+        for block in p["blocks"]:
+            x = x + mlp(block, x)
+        return jax.nn.logsumexp(x @ p["head"])
+
+    return layers_of(loss, params, tokens())

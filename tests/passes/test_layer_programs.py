@@ -11,7 +11,7 @@ from passes.runner import Dump, run
 from passes.split_backward import split_backward
 from passes.stages import Operand, Role
 from tests.passes.on_host import layers_of, run_forward
-from tests.passes.small_models import MODELS, array, case, mlp, tokens
+from tests.passes.small_models import MODELS, array, case, transformer
 from tests.small_models import HIDDEN, loss_fn, make_batch, make_params
 
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -60,19 +60,6 @@ def test_operands_of_a_kind_stand_for_those_of_each_of_its_layers(name):
         whole = gradient.stage.program()
         own = {*whole.reads, *whole.writes}
         assert layer.operands == {x: y for x, y in expected.items() if y in own}
-
-
-def transformer(num_blocks):
-    block = {"scale": array(8), "up": array(8, 32), "bias": array(32), "down": array(32, 8)}
-    params = {"embedding": array(16, 8), "blocks": [block] * num_blocks, "head": array(8, 16)}
-
-    def loss(p, ids):
-        x = p["embedding"][ids]
-        for block in p["blocks"]:
-            x = x + mlp(block, x)
-        return jax.nn.logsumexp(x @ p["head"])
-
-    return layers_of(loss, params, tokens())
 
 
 def test_equal_blocks_are_of_one_kind():

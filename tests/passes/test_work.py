@@ -7,7 +7,7 @@ import pytest
 from models.parts import grouped_kernel
 from passes import jaxprs
 from tests.passes.on_host import count_layers, layers_of
-from tests.passes.small_models import array, mlp, tokens
+from tests.passes.small_models import array, transformer
 
 
 def chain(widths, size):
@@ -109,31 +109,10 @@ def test_an_iteration_reads_and_writes_one_row():
 
 
 @pytest.fixture
-def compilations(monkeypatch):
-    """A list that grows by one entry a compilation."""
-    compiled = []
-    original = jax.stages.Lowered.compile
-
-    def count(lowered, *args, **kwargs):
-        compiled.append(lowered)
-        return original(lowered, *args, **kwargs)
-
-    monkeypatch.setattr(jax.stages.Lowered, "compile", count)
+def compilations(compilations, monkeypatch):
+    """With nothing counted yet."""
     monkeypatch.setattr("passes.work._counted", {})
-    return compiled
-
-
-def transformer(num_blocks):
-    block = {"scale": array(8), "up": array(8, 32), "bias": array(32), "down": array(32, 8)}
-    params = {"embedding": array(16, 8), "blocks": [block] * num_blocks, "head": array(8, 16)}
-
-    def loss(p, ids):
-        x = p["embedding"][ids]
-        for block in p["blocks"]:
-            x = x + mlp(block, x)
-        return jax.nn.logsumexp(x @ p["head"])
-
-    return layers_of(loss, params, tokens())
+    return compilations
 
 
 def test_equal_layers_are_compiled_once(compilations):

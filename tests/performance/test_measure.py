@@ -189,17 +189,11 @@ def test_keys_of_random_numbers():
     assert drawn.dtype == batch["key"].dtype and drawn.shape == ()
 
 
-def test_layers_of_one_kind_are_compiled_and_run_once(monkeypatch, quick):
-    compiled = []
-    original = jax.stages.Lowered.compile
-
-    def count(lowered, *args, **kwargs):
-        compiled.append(lowered)
-        return original(lowered, *args, **kwargs)
-
-    monkeypatch.setattr(jax.stages.Lowered, "compile", count)
+def test_layers_of_one_kind_are_compiled_and_run_once(compilations, quick):
     measure(small(num_blocks=4), jax.devices()[0])
-    assert len(compiled) == 1 + 3 + 5 + 5  # the empty program, the first layer, a block, the head
+    assert (
+        len(compilations) == 1 + 3 + 5 + 5
+    )  # the empty program, the first layer, a block, the head
 
 
 @pytest.mark.parametrize(("caches_bytes", "count"), [(2**40, 4), (1, 1)])
