@@ -1,7 +1,5 @@
 import dataclasses
 import json
-import subprocess
-import sys
 from itertools import chain
 
 import jax
@@ -11,6 +9,7 @@ import jaxptis
 from experiments.compare import Row, errors
 from experiments.sleeping import measure_asleep, slower
 from jaxptis.performance import Costs, LayerCost
+from tests.experiments.program import assert_refused, run_program
 from tests.small_models import loss_fn, make_batch, make_params
 
 ROW = Row(
@@ -37,12 +36,11 @@ COSTS = Costs(
 
 
 def compare(*arguments):
-    command = [
-        *(sys.executable, "-m", "experiments.compare", "--models=llama2", "--sequence_length=8"),
+    return run_program(
+        *("compare", "--models=llama2", "--sequence_length=8"),
         *("--microbatch_size=1", "--num_microbatches=2", "--num_steps=1"),
         *arguments,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    )
 
 
 def test_steps_that_compute(tmp_path):
@@ -125,7 +123,4 @@ def test_errors_are_counted_on_both_sides():
     ],
 )
 def test_flags_that_are_wrong(flag, message):
-    run = compare(flag)
-    assert run.returncode == 1
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
+    assert_refused(compare(flag), message)

@@ -1,7 +1,5 @@
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import jax
@@ -11,6 +9,7 @@ from experiments.gain import Gain, Step, conclusion, means
 from experiments.model_layers import loss_of
 from experiments.uneven_models import HEADS, uneven_config
 from models import MODELS
+from tests.experiments.program import assert_refused, run_program
 
 
 def step(predicted_s, measured_s):
@@ -27,8 +26,7 @@ GAIN = Gain(
 
 
 def gains(*arguments):
-    command = [sys.executable, "-m", "experiments.gains", "--models=llama2", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_program("gains", "--models=llama2", *arguments)
 
 
 def test_a_gain_is_how_many_times_as_long_the_other_step_takes():
@@ -97,7 +95,4 @@ def test_steps_that_sleep(tmp_path):
     ],
 )
 def test_flags_that_are_wrong(flag, message):
-    run = gains(flag)
-    assert run.returncode == 1
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
+    assert_refused(gains(flag), message)

@@ -1,8 +1,8 @@
-import subprocess
-import sys
 from xml.etree import ElementTree
 
 import pytest
+
+from tests.experiments.program import run_program
 
 
 @pytest.mark.parametrize(
@@ -14,8 +14,7 @@ import pytest
 )
 def test_help_lists_the_flags_of_shared_files_too(program):
     """It lists those that are key, of which absl tells in XML."""
-    command = [sys.executable, "-m", f"experiments.{program}", "--helpxml"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = run_program(program, "--helpxml")
     shared = {
         flag.findtext("name"): flag.findtext("key")
         for flag in ElementTree.fromstring(run.stdout).iter("flag")

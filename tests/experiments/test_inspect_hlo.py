@@ -1,12 +1,11 @@
 import html
 import json
-import subprocess
-import sys
 
 import jax
 import pytest
 
 from experiments.stage_hlo import count
+from tests.experiments.program import run_program
 
 # The tiny LLaMA-2, with the layers embed, attention and mlp of each of four blocks, head.
 WIDTH, MLP_WIDTH, NUM_LAYERS = 128, 352, 10
@@ -15,8 +14,7 @@ MLP = 2  # the stage of the first mlp, if each layer is one
 
 
 def inspect_hlo(*arguments):
-    command = [sys.executable, "-m", "experiments.inspect_hlo", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_program("inspect_hlo", *arguments)
 
 
 def test_the_work_and_the_memory_of_a_stage(tmp_path):

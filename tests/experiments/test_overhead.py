@@ -1,8 +1,8 @@
 import json
-import subprocess
-import sys
 
 import pytest
+
+from tests.experiments.program import run_program
 
 ARGUMENTS = (
     "--num_devices=2",
@@ -16,8 +16,7 @@ ARGUMENTS = (
 
 
 def overhead(*arguments):
-    command = [sys.executable, "-m", "experiments.overhead", *ARGUMENTS, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_program("overhead", *ARGUMENTS, *arguments)
 
 
 def test_runs_are_added_to_a_file(tmp_path):

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -9,17 +6,15 @@ from jaxptis.cluster import Cluster
 from jaxptis.performance import Costs, LayerCost, simulate
 from jaxptis.plan import Plan
 from tests.clusters import device
+from tests.experiments.program import assert_refused, run_program
 
 F_S, I_S, W_S = 1.0, 1.0, 1.0
 PARAM_BYTES = 2**30
 NUM_LAYERS, HEAD_TIMES = 7, 3
 
 
-def run_plan(*arguments, **env):
-    command = [sys.executable, "-m", "experiments.plan", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, **env}
-    )
+def run_plan(*arguments, **environment):
+    return run_program("plan", *arguments, **environment)
 
 
 @pytest.fixture
@@ -88,6 +83,4 @@ def test_a_limit_that_no_plan_keeps_is_refused(costs_file):
 
 def test_a_strategy_that_is_not_known_is_refused(costs_file):
     run = run_plan(f"--costs={costs_file}", "--num_devices=2", "--strategy=bset")
-    assert run.returncode == 1
-    assert "did you mean 'best'?" in run.stderr
-    assert "Traceback" not in run.stderr
+    assert_refused(run, "did you mean 'best'?")

@@ -1,24 +1,22 @@
 """The table of published models, of a search that is too short to be good."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.experiments.program import run_program
 from tests.published import published_plans
 
 
 @pytest.mark.parametrize("memory_of_1f1b", [False, True])
 def test_rows_stand_beside_what_was_published(tmp_path: Path, memory_of_1f1b: bool) -> None:
     path = tmp_path / "table.json"
-    command = [
-        *(sys.executable, "-m", "experiments.plan_tables"),
+    run = run_program(
+        "plan_tables",
         *("--sizes=4x8", "--models=nemotron-h-4B", "--seeds=0,1", "--time_limit_s=0.1"),
         *(f"--memory_of_1f1b={memory_of_1f1b}", f"--json_output={path}"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    )
     assert run.returncode == 0, run.stderr
     table = json.loads(path.read_text())
     assert [row["seed"] for row in table["rows"]] == [0, 1]

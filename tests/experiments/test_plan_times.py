@@ -1,19 +1,15 @@
 import json
-import subprocess
-import sys
 
 import pytest
 
 from experiments.published import published_costs
+from tests.experiments.program import run_program
 
 
 def test_time_memory_and_what_more_time_gives(tmp_path):
     path = tmp_path / "times.json"
-    command = [
-        *(sys.executable, "-m", "experiments.plan_times"),
-        *("--cases=2x2x12x1", "--longer_s=2", f"--json_output={path}"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    arguments = "--cases=2x2x12x1", "--longer_s=2", f"--json_output={path}"
+    run = run_program("plan_times", *arguments)
     assert run.returncode == 0, run.stderr
     (row,) = json.loads(path.read_text())
     first, *inner, last = published_costs("nemotron-nano-v2-9B").layers

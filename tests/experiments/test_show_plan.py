@@ -1,20 +1,18 @@
 import html
 import json
-import subprocess
-import sys
 
 import pytest
 
 from jaxptis.performance import Costs, LayerCost
 from jaxptis.plan import Plan
+from tests.experiments.program import assert_refused, run_program
 
 F_S, B_S = 1.0, 2.0
 PARAM_BYTES, INPUT_BYTES = 1_000_000_000, 500
 
 
 def show_plan(*arguments):
-    command = [sys.executable, "-m", "experiments.show_plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_program("show_plan", *arguments)
 
 
 @pytest.fixture
@@ -167,8 +165,7 @@ def test_bad_input_is_refused_without_a_traceback(costs_file, change, complaint)
         costs_file.write_text(json.dumps(costs))
     given = {"costs": costs_file, "strategy": "1f1b", **change}
     run = show_plan(*(f"--{name}={value}" for name, value in given.items()))
-    assert run.returncode == 1
-    assert complaint in run.stderr and "Traceback" not in run.stderr
+    assert_refused(run, complaint)
 
 
 @pytest.mark.parametrize(

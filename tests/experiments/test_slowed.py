@@ -1,16 +1,15 @@
 import json
-import subprocess
-import sys
 
 import pytest
 
+from tests.experiments.program import run_program
+
 
 def test_a_device_is_slowed_in_the_middle(tmp_path):
-    command = [
-        *(sys.executable, "-m", "experiments.slowed", "--strategies=gpipe", "--num_steps=3"),
+    run = run_program(
+        *("slowed", "--strategies=gpipe", "--num_steps=3"),
         *("--num_microbatches=4", "--slow_devices=0", f"--json_output={tmp_path / 'slowed.json'}"),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    )
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "slowed.json").read_text())
     assert results["settings"]["factor"] == 3.0

@@ -1,9 +1,9 @@
 import json
-import subprocess
-import sys
 
 import jax
 import pytest
+
+from tests.experiments.program import run_program
 
 ARGUMENTS = (
     "--model_width=64",
@@ -15,8 +15,7 @@ ARGUMENTS = (
 
 
 def split_cost(*arguments):
-    command = [sys.executable, "-m", "experiments.split_cost", *ARGUMENTS, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_program("split_cost", *ARGUMENTS, *arguments)
 
 
 def test_ratios_are_printed_and_written(tmp_path):
