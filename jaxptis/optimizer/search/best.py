@@ -14,7 +14,7 @@ from jaxptis.optimizer.search.search import TASKS_PER_S, Found, search
 from jaxptis.optimizer.steps.candidate import HOME, RECOMPUTE, begins_stage
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, simulate
-from jaxptis.performance.check_memory import check_memory
+from jaxptis.performance.check_memory import fits_memory
 from jaxptis.plan import Plan, StagePlan, Task
 
 _KINDS = "FBIW"
@@ -130,8 +130,4 @@ def to_plan(problem: Problem, order: Order, names: Sequence[str]) -> Plan:
 def _step_s(plan: Plan, costs: Costs, cluster: Cluster, blocking: bool) -> float:
     """Return the seconds of a step as it will run; infinite if a device has too little memory."""
     timeline = simulate(plan, costs, cluster, blocking=blocking)
-    try:
-        check_memory(timeline, cluster)
-    except ValueError:
-        return inf
-    return timeline.step_s
+    return timeline.step_s if fits_memory(timeline, cluster) else inf
