@@ -8,7 +8,7 @@ import pytest
 from jaxptis.cluster import Cluster
 from jaxptis.make_plan import make_plan
 from jaxptis.optimizer import best_plan
-from jaxptis.performance import Costs, simulate
+from jaxptis.performance import Costs, LayerCost, TiedParams, simulate
 from jaxptis.schedules import FAMILIES
 from tests.clusters import device, equal_devices
 from tests.published import published_costs, published_plans
@@ -75,6 +75,28 @@ def test_slow_devices_have_less_to_do(costs: Costs) -> None:
     equal = best_plan(costs, equal_devices(4), 8, time_limit_s=QUICK)
     taken_s, of_equal_s = (simulate(each, costs, cluster).step_s for each in (plan, equal))
     assert of_equal_s > 1.3 * taken_s
+
+
+def test_what_layers_share_is_on_a_device_once() -> None:
+    """The first and the last layer have one table, the second another: no device has both."""
+    sizes = 0, 60, 2, 0
+    costs = Costs(
+        tuple(
+            LayerCost(
+                name=f"layer{index}",
+                forward_s=1,
+                backward_s=2,
+                input_grad_s=1,
+                weight_grad_s=1,
+                param_bytes=size,
+            )
+            for index, size in enumerate(sizes)
+        ),
+        tied=(TiedParams(layers=("layer0", "layer3"), param_bytes=60, grad_bytes=0),),
+    )
+    plan = best_plan(costs, Cluster((device(memory_bytes=70),) * 2), 4, time_limit_s=QUICK)
+    home = {name: stage.device for stage in plan.stages for name in stage.layers}
+    assert home["layer0"] == home["layer3"] != home["layer1"]
 
 
 def test_too_little_memory(costs: Costs) -> None:
