@@ -152,7 +152,7 @@ def measure_asleep(pipeline: Pipeline, params: Any, batch: Any, num_steps: int) 
     """
     analysis = pipeline.analysis
     devices = analysis.options.devices
-    compiled = Compiled(pipeline, SleepingCompiler(devices, pipeline.plan, analysis.costs), params)
+    compiled = Compiled(pipeline, SleepingCompiler(devices, pipeline.plan, analysis.costs))
     executable = compiled.gradient_step.executable
     inputs = [
         buffer

@@ -20,9 +20,8 @@ from jaxptis.executor.memory import DeviceMemory
 from jaxptis.executor.stage_tasks import KINDS, stage_program_name
 from jaxptis.parts import Cuts, flatten, is_parts
 from jaxptis.performance import Costs, Timeline, check_memory
-from jaxptis.performance.layer_costs import with_state_bytes
+from jaxptis.performance.check_memory import fits_memory
 from jaxptis.performance.memory_curves import memory_curves
-from jaxptis.performance.optimizer_state import optimizer_state_bytes
 from jaxptis.placement import Placement, aval_of
 from passes.boxes import Pieces, sizes
 
@@ -81,8 +80,8 @@ class GradientStep:
 class Compiled:
     """A loss function at given shapes: its pipeline, and the steps built so far."""
 
-    def __init__(self, pipeline: Pipeline, compiler: Compiler, params: Any) -> None:
-        """Take the types of the parameters as a pytree; steps are built when asked for."""
+    def __init__(self, pipeline: Pipeline, compiler: Compiler) -> None:
+        """Take what is planned; steps are built when asked for."""
         self.pipeline = pipeline
         self.params = Placement(pipeline.homes, compiler.devices)
         program = pipeline.stages.program
@@ -90,7 +89,6 @@ class Compiled:
         self.batch = Placement(holdings.batch_copies(pipeline).homes, compiler.devices)
         self.results = Placement(holdings.result_homes(pipeline, compiler), compiler.devices)
         self._compiler = compiler
-        self._param_types = params
         self._training: dict[optax.GradientTransformation, Training] = {}
         self.used: Training | None = None  # None: the gradient
 
@@ -103,7 +101,7 @@ class Compiled:
         Raises:
           ValueError: the order needs other programs.
         """
-        adapted = Compiled(pipeline, self._compiler, self._param_types)
+        adapted = Compiled(pipeline, self._compiler)
         if "evaluation" in vars(self):
             adapted.evaluation = self.evaluation
         adapted.used = adapted._add_training(optimizer, self.train_step(optimizer).executable)
@@ -121,6 +119,13 @@ class Compiled:
         executable, homes = steps.gradient_step(self.pipeline, self._compiler)
         return GradientStep(self._dumped(executable), Placement(homes, self._compiler.devices))
 
+    def fits(self, optimizer: optax.GradientTransformation) -> bool:
+        """Whether the devices have the memory for a training step."""
+        analysis = self.pipeline.analysis
+        return optimizer in self._training or fits_memory(
+            self._predicted(analysis.costs_with(optimizer)), analysis.cluster
+        )
+
     def train_step(self, optimizer: optax.GradientTransformation) -> Training:
         """Return the gradient and the optimizer's update.
 
@@ -132,12 +137,13 @@ class Compiled:
     def _add_training(
         self, optimizer: optax.GradientTransformation, like: Executable | None = None
     ) -> Training:
-        costs = self._costs_with(optimizer)
-        check_memory(self._predicted(costs), self.pipeline.analysis.cluster)
+        analysis = self.pipeline.analysis
+        costs = analysis.costs_with(optimizer)
+        check_memory(self._predicted(costs), analysis.cluster)
         executable, state, pieces = steps.train_step(
-            self.pipeline, self._compiler, optimizer, self._param_types, like=like
+            self.pipeline, self._compiler, optimizer, analysis.params, like=like
         )
-        types, structure = jax.tree.flatten(jax.eval_shape(optimizer.init, self._param_types))
+        types, structure = jax.tree.flatten(jax.eval_shape(optimizer.init, analysis.params))
         training = self._training[optimizer] = Training(
             executable=self._dumped(executable),
             copies=state,
@@ -147,12 +153,6 @@ class Compiled:
             costs=costs,
         )
         return training
-
-    def _costs_with(self, optimizer: optax.GradientTransformation) -> Costs:
-        graph = self.pipeline.analysis.graph
-        state_bytes = optimizer_state_bytes(graph.program, self._param_types, optimizer)
-        held = [layer.params for layer in graph.layers]
-        return with_state_bytes(self.pipeline.analysis.costs, held, state_bytes)
 
     @property
     def costs(self) -> Costs:

@@ -17,6 +17,7 @@ class DeviceSpec:
         bytes_per_s: peak of reading and writing its memory.
         memory_bytes: that it has; None if that sets no limit.
         speed: how fast it is beside the device that costs are of; 0.5 takes twice as long.
+        start_s: seconds that a program takes beside its work, to be started.
 
     Raises:
         ValueError: a number is out of range.
@@ -27,6 +28,7 @@ class DeviceSpec:
     bytes_per_s: float
     memory_bytes: int | None = None
     speed: float = 1.0
+    start_s: float = 0.0
 
     def __post_init__(self) -> None:
         for what, rate in ("flops_per_s", self.flops_per_s), ("bytes_per_s", self.bytes_per_s):
@@ -37,12 +39,20 @@ class DeviceSpec:
                 f"speed of {self.kind!r} is {self.speed}; use a finite number above 0, such as 0.5 "
                 "for a device that takes twice as long"
             )
+        if not (math.isfinite(self.start_s) and self.start_s >= 0):
+            raise ValueError(
+                f"start_s of {self.kind!r} is {self.start_s}; use finite seconds of 0 or more"
+            )
         if self.memory_bytes is not None and self.memory_bytes < 1:
             raise ValueError(
                 f"memory_bytes of {self.kind!r} is {self.memory_bytes}; use 1 or more, or None for "
                 "no limit"
             )
 
+
+_GPU_START_S = 340e-6
+"""Measured on an H200, for four models (experiments/results/costs). It is the host that starts
+programs, so other GPUs are taken to be alike."""
 
 # NVIDIA's data sheet of each part: bfloat16 tensor core without sparsity, memory bandwidth, memory.
 # Where a sheet prints the figure with sparsity only, half of it. TPUs: the page of each version at
@@ -55,6 +65,7 @@ DEVICE_SPECS = {
             flops_per_s=flops_per_s,
             bytes_per_s=bytes_per_s,
             memory_bytes=None if memory_gb is None else memory_gb * 10**9,
+            start_s=_GPU_START_S if kind.startswith("NVIDIA") else 0.0,
         )
         for kind, flops_per_s, bytes_per_s, memory_gb in (
             ("NVIDIA A100-SXM4-40GB", 312e12, 1555e9, 40),

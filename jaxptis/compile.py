@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jaxptis.choose_costs import choose_costs
 from jaxptis.cluster import Cluster
@@ -17,7 +18,9 @@ from jaxptis.microbatches import aux_axes, batch_leaves
 from jaxptis.options import Options
 from jaxptis.parts import Cuts, is_parts
 from jaxptis.performance import Costs, Timeline, simulate
-from jaxptis.performance.check_memory import check_memory
+from jaxptis.performance.check_memory import fits_memory
+from jaxptis.performance.layer_costs import with_state_bytes
+from jaxptis.performance.optimizer_state import optimizer_state_bytes
 from jaxptis.plan import Plan
 from jaxptis.processes import Processes
 from passes import PROGRAM_PASSES, STAGE_PASSES
@@ -37,6 +40,7 @@ class Analysis:
 
     Attributes:
       options: what the user chose.
+      params: its parameters, as a pytree of types.
       graph: its layers.
       costs: of each layer.
       batch: the leaves of the whole batch.
@@ -47,6 +51,7 @@ class Analysis:
     """
 
     options: Options
+    params: Any
     graph: LayerGraph
     costs: Costs
     batch: tuple[BatchLeaf, ...]
@@ -58,6 +63,14 @@ class Analysis:
     def cluster(self) -> Cluster:
         """The devices of the pipeline."""
         return self.options.cluster
+
+    def costs_with(self, optimizer: optax.GradientTransformation | None) -> Costs:
+        """Return the costs with the state of an optimizer, if there is one."""
+        if optimizer is None:
+            return self.costs
+        state_bytes = optimizer_state_bytes(self.graph.program, self.params, optimizer)
+        held = [layer.params for layer in self.graph.layers]
+        return with_state_bytes(self.costs, held, state_bytes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,12 +139,14 @@ def compile_pipeline(
     batch: Any,
     options: Options,
     *,
+    optimizer: optax.GradientTransformation | None = None,
     given: Given | None = None,
     previous: Plan | None = None,
 ) -> Pipeline:
     """Plan a loss function and cut it into stages; see `analyse`.
 
-    The `previous` plan, made for other shapes, is kept if the layers are the same.
+    It is planned for training steps with an optimizer, whose state takes memory, or for gradients.
+    The `previous` plan is kept if the layers are the same, and fit the memory with the optimizer.
     """
     planned: list[tuple[Analysis, Plan]] = []
     errors: list[ValueError] = []
@@ -143,23 +158,29 @@ def compile_pipeline(
         try:
             analysis = analyse(loss_fn, params, batch, chosen, given=given)
             layers = tuple(layer.name for layer in analysis.graph.layers)
-            if previous is not None and previous.layers == layers:
+            if (
+                previous is not None
+                and previous.layers == layers
+                and (optimizer is None or _step_s(analysis, previous, optimizer) < math.inf)
+            ):
                 return build(analysis, previous)
-            planned.append((analysis, _plan(analysis)))
+            planned.append((analysis, _plan(analysis, optimizer)))
         except ValueError as error:
             errors.append(error)
     if not planned:
         raise errors[0]
-    return build(*(planned[0] if len(planned) == 1 else min(planned, key=_step_s)))
+    if len(planned) == 1:
+        return build(*planned[0])
+    return build(*min(planned, key=lambda each: _step_s(each[0], each[1], optimizer)))
 
 
-def _plan(analysis: Analysis) -> Plan:
+def _plan(analysis: Analysis, optimizer: optax.GradientTransformation | None) -> Plan:
     """Plan in the first process for all: by other processors' arithmetic other plans are best."""
     options = analysis.options
 
     def plan() -> Plan:
         return make_plan(
-            analysis.costs,
+            analysis.costs_with(optimizer),
             options.strategy,
             cluster=analysis.cluster,
             num_microbatches=options.num_microbatches,
@@ -173,15 +194,13 @@ def _plan(analysis: Analysis) -> Plan:
     return Plan.parse(processes.of_first(lambda: plan().text()))
 
 
-def _step_s(planned: tuple[Analysis, Plan]) -> float:
+def _step_s(
+    analysis: Analysis, plan: Plan, optimizer: optax.GradientTransformation | None
+) -> float:
     """Return the step of a plan; infinite if a device has too little memory."""
-    analysis, plan = planned
-    timeline = simulate(plan, analysis.costs, analysis.cluster, blocking=True)
-    try:
-        check_memory(timeline, analysis.cluster)
-    except ValueError:
-        return math.inf
-    return timeline.step_s
+    costs, cluster = analysis.costs_with(optimizer), analysis.cluster
+    timeline = simulate(plan, costs, cluster, blocking=True)
+    return timeline.step_s if fits_memory(timeline, cluster) else math.inf
 
 
 def analyse(
@@ -217,6 +236,7 @@ def analyse(
     values = {} if measured_on is None else measured_on.values(graph, leaves)
     return Analysis(
         options=options,
+        params=params,
         graph=graph,
         costs=choose_costs(graph, options, values),
         batch=leaves,

@@ -57,7 +57,7 @@ def pipeline(
         `jax.distributed` each process must have some of them, and makes the same calls with equal
         arguments: whole batches, of which it puts what its own devices read.
       strategy: "best", which searches for the shortest predicted step that fits the memory of the
-        devices, for some ten seconds, and does not know of the optimizer's state; the name of a
+        devices, for some ten seconds (a training step with its optimizer's state); the name of a
         schedule, perhaps with options, such as "1f1b", "zb-v" or "interleaved(v=3)", which balances
         the layers over its stages, or with the option "partition=uniform" puts as many in each;
         "adaptis", which tunes phase by phase, or "mist", which is "1f1b" with layers cut for it and

@@ -26,8 +26,9 @@ class Pipelined:
     """A loss function that runs as a pipeline; `jaxptis.pipeline` makes it.
 
     It is planned and compiled when it is first called, under JAX's configuration at that time, and
-    again for every other shape of the batch, with the same plan where that still fits. What it
-    shows of itself is the last gradient or training step.
+    again for every other shape of the batch, with the same plan where that still fits. A training
+    step is planned with its optimizer's state, and is planned anew if a gradient was planned before
+    and leaves no memory for it. What it shows of itself is the last gradient or training step.
     """
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any], options: Callable[[], Options]) -> None:
@@ -137,13 +138,20 @@ class Pipelined:
             batch = (rest, batch)
         return self.bind(graphdef, params, batch)
 
-    def bind(self, graphdef: Any, params: Any, batch: Any) -> Call:
+    def bind(
+        self,
+        graphdef: Any,
+        params: Any,
+        batch: Any,
+        optimizer: optax.GradientTransformation | None = None,
+    ) -> Call:
         """Return a call with these arguments, compiling for their types if they are new.
 
         Args:
           graphdef: the structure of an nnx model, or None.
           params: its parameters, or any pytree of float arrays.
           batch: the batch; for an nnx model a pair of its other variables and the batch.
+          optimizer: of a training step, for whose state the plan must leave memory.
         """
         leaves, structure = flatten(params)
         batch_leaves, batch_structure = jax.tree.flatten(batch)
@@ -155,10 +163,11 @@ class Pipelined:
         model = (structure, _types(leaves))
         same = self._compiled.setdefault((model, batch_structure, _types(batch_leaves)), [])
         compiled = next((compiled for known, compiled in same if known == graphdef), None)
-        if compiled is None:
-            compiled = self._compile(graphdef, params, batch, self._plans.get(model))
+        if compiled is None or not (optimizer is None or compiled.fits(optimizer)):
+            previous, old = self._plans.get(model), compiled
+            compiled = self._compile(graphdef, params, batch, optimizer, previous)
             self._plans[model] = compiled.pipeline.plan
-            same.append((graphdef, compiled))
+            same[:] = [*(each for each in same if each[1] is not old), (graphdef, compiled)]
         self.shown = self.shown or compiled
         return Call(compiled, structure, leaves, batch_leaves)
 
@@ -170,7 +179,14 @@ class Pipelined:
         for same in self._compiled.values():
             same[:] = [(known, new if each is old else each) for known, each in same]
 
-    def _compile(self, graphdef: Any, params: Any, batch: Any, previous: Plan | None) -> Compiled:
+    def _compile(
+        self,
+        graphdef: Any,
+        params: Any,
+        batch: Any,
+        optimizer: optax.GradientTransformation | None,
+        previous: Plan | None,
+    ) -> Compiled:
         options, loss_fn = self.options, self._loss_fn
         if graphdef is not None:
             loss_fn = nnx_loss(graphdef, loss_fn)
@@ -182,10 +198,11 @@ class Pipelined:
             params,
             jax.tree.map(aval_of, batch),
             options,
+            optimizer=optimizer,
             given=Given.of(leaves, jax.tree.leaves(batch)),
             previous=previous,
         )
-        return Compiled(pipeline, self.compiler, params)
+        return Compiled(pipeline, self.compiler)
 
 
 def _types(leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -66,7 +66,7 @@ class Profile:
 def measured_timeline(
     executable: Executable, devices: Sequence[jax.Device], happenings: Sequence[Happening]
 ) -> tuple[Timeline, float]:
-    """Return what the devices of all processes did, and how far clocks may be apart at most.
+    """Return what the pipeline's devices did, and how far clocks may be apart at most.
 
     Args:
         executable: that was recorded.
@@ -74,7 +74,11 @@ def measured_timeline(
         happenings: what was recorded of the devices of this process.
     """
     processes = [device.process_index for device in devices]
-    every, error_s = on_one_clock(executable.rows, processes, _of_all_processes(happenings))
+    if len(set(processes)) > 1:  # then it has devices of every process
+        happenings = _of_all_processes(happenings)
+    else:
+        processes = [0] * len(devices)  # one clock
+    every, error_s = on_one_clock(executable.rows, processes, happenings)
     timeline = timeline_of(executable.rows, every, executable.num_bytes)
     memory = measured_memory(executable.rows, every, executable.accounts)
     return replace(timeline, memory=memory), error_s
@@ -85,8 +89,6 @@ def _of_all_processes(happenings: Sequence[Happening]) -> list[Happening]:
 
     Sent as whole microseconds since the first of each: 32 bits have room for half an hour.
     """
-    if jax.process_count() == 1:
-        return list(happenings)
     begin_s = min(each.start_s for each in happenings)
     own = [
         (each.device, each.position, *_microseconds(each.start_s - begin_s, each.end_s - begin_s))

@@ -32,7 +32,13 @@ class Bindable(Protocol):
 
     def replace(self, old: Compiled, new: Compiled) -> None: ...
 
-    def bind(self, graphdef: Any, params: Any, batch: Any) -> Call: ...
+    def bind(
+        self,
+        graphdef: Any,
+        params: Any,
+        batch: Any,
+        optimizer: optax.GradientTransformation | None = None,
+    ) -> Call: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,13 +89,13 @@ class TrainStep:
         graphdef = model_state = None
         if isinstance(params, nnx.Module):
             graphdef, params, model_state = split_nnx(params)
-        call = self._call(graphdef, params, model_state, batch)
+        call = self.bind(graphdef, params, model_state, batch)
         params = jax.tree.unflatten(call.structure, call.compiled.copy(call.params))
         return self.start(graphdef, params, model_state, batch)
 
     def start(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> TrainState:
         """Return the first state around parameters that it may consume, already in place."""
-        call = self._call(graphdef, params, model_state, batch)
+        call = self.bind(graphdef, params, model_state, batch)
         training = self._training(call)
         if graphdef is not None:
             # Put in place once; what no stage reads stays where it is.
@@ -167,7 +173,7 @@ class TrainStep:
 
     def _adapt(self, state: TrainState, batch: Any, profile: Profile) -> Adaptation:
         """Go on in the best order by a profile."""
-        old = self._call(state.graphdef, state.params, state.model_state, batch).compiled
+        old = self.bind(state.graphdef, state.params, state.model_state, batch).compiled
         pipeline, adaptation = adapt(old.pipeline, old.train_step(self._optimizer).costs, profile)
         if not adaptation.is_new:
             return adaptation
@@ -185,7 +191,7 @@ class TrainStep:
         run: Callable[[Executable, Sequence[Any]], list[Any]],
     ) -> tuple[TrainState, dict[str, Any]]:
         """Take a step with `run`."""
-        call = self._call(state.graphdef, state.params, state.model_state, batch)
+        call = self.bind(state.graphdef, state.params, state.model_state, batch)
         training = self._training(call)
         self._executable = training.executable
         if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(state.params)):
@@ -215,7 +221,8 @@ class TrainStep:
 
     def evaluate(self, state: TrainState, batch: Any) -> dict[str, Any]:
         """Return the metrics of a batch, by the forward alone."""
-        call = self._call(state.graphdef, state.params, state.model_state, batch)
+        graphdef, model_state = state.graphdef, state.model_state
+        call = self._pipelined.bind(graphdef, state.params, _beside(graphdef, model_state, batch))
         outs = call.compiled.evaluation([*call.params_buffers(), *call.batch_buffers()])
         return _metrics(call.split(outs)[0], call.has_aux)
 
@@ -244,10 +251,10 @@ class TrainStep:
         self._pipelined.shown, call.compiled.used = call.compiled, training
         return training
 
-    def _call(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> Call:
-        if graphdef is not None:
-            batch = (model_state, batch)
-        return self._pipelined.bind(graphdef, params, batch)
+    def bind(self, graphdef: Any, params: Any, model_state: Any, batch: Any) -> Call:
+        """Return the call of a step with these arguments; see `Pipelined.bind`."""
+        batch = _beside(graphdef, model_state, batch)
+        return self._pipelined.bind(graphdef, params, batch, self._optimizer)
 
 
 def _agreed(
@@ -262,6 +269,11 @@ def _agreed(
     if errors := list(filter(None, compiler.processes.share(error))):
         raise ProfileError(errors[0], state)
     return happenings
+
+
+def _beside(graphdef: Any, model_state: Any, batch: Any) -> Any:
+    """Return the batch, of an nnx model with its variables beside the parameters."""
+    return batch if graphdef is None else (model_state, batch)
 
 
 def _call_executable(executable: Executable, inputs: Sequence[Any]) -> list[Any]:

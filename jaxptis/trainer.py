@@ -59,9 +59,7 @@ class Trainer:
         recipe = self._model
         types = jax.eval_shape(recipe.params, key, batch)
         graphdef, model_state = recipe.rest(key)
-        call = self._pipelined.bind(
-            graphdef, types, batch if graphdef is None else (model_state, batch)
-        )
+        call = self._step.bind(graphdef, types, model_state, batch)
         compiled = call.compiled
         leaves = make_on_devices(
             self._pipelined.compiler,

@@ -26,16 +26,26 @@ from jaxptis.compile import analyse
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.measure_links import measure_links
 from jaxptis.performance.costs_file import to_json
+from jaxptis.plan import Plan, StagePlan
+from jaxptis.schedules import schedule
 from tests.noted import Noted
 from tests.small_models import OUT, WIDTH, block, make_batch, make_params, normal
 
 NUM_DEVICES, NUM_STEPS, NUM_MICROBATCHES = 4, 3, 4
 LAYERS = ("embedding", *(f"blocks/{i}" for i in range(6)), "embedding#2")
+FIRST, SECOND, LAST = schedule("1f1b", num_devices=3, num_microbatches=NUM_MICROBATCHES)
 STRATEGIES = {
     "1f1b": "1f1b",
     "zb-v": "zb-v",
     # Seven stages on four devices; one is recomputed, some backwards are split.
     "random": random_plan(Random(0), layers=LAYERS, num_microbatches=NUM_MICROBATCHES),
+    "gap": Plan(  # the third device, and so a process, has no stage
+        stages=tuple(
+            StagePlan(layers=layers, device=device)
+            for layers, device in ((LAYERS[:3], 0), (LAYERS[3:6], 1), (LAYERS[6:], 3))
+        ),
+        schedule=(FIRST, SECOND, (), LAST),
+    ),
 }
 FAILING = 1  # the process that fails, where one does
 
@@ -87,7 +97,8 @@ def run(devices, strategy, failure=None):
     read["profile"] = what_ran(profile)
     if strategy == "1f1b":
         read["measured"] = what_is_measured(pipelined, params, devices)
-    read["memory"] = str(pipelined.memory)
+    if strategy != "gap":  # the process without a stage has the loss, too
+        read["memory"] = str(pipelined.memory)
     read |= readable(state, "state")
     read["plan"] = str(pipelined.plan)
     read |= readable(step.evaluate(state, make_batch(seed=50)), "evaluation")
@@ -98,6 +109,18 @@ def run(devices, strategy, failure=None):
             read[f"stage {i}"] = stage.backward.as_text("stablehlo")
             read[f"flops of stage {i}"] = str(stage.backward.cost_analysis()["flops"])
     return read
+
+
+def profile_alone(devices):
+    """Profile a pipeline of this process's own devices; the other processes do nothing for it."""
+    pipelined = jaxptis.pipeline(
+        loss_fn, num_microbatches=NUM_MICROBATCHES, devices=devices, strategy="1f1b", has_aux=True
+    )
+    params = {"embedding": normal(7, OUT, WIDTH), "blocks": make_params(2)["blocks"]}
+    step = pipelined.train_step(optax.sgd(1e-2))
+    _, profile = step.profile(step.init(params, make_batch()), make_batch(), num_steps=1)
+    assert len(profile.timeline.spans) == len(devices)
+    assert profile.clock_error_s == 0
 
 
 def what_is_measured(pipelined, params, devices):
@@ -143,6 +166,8 @@ def main(argv):
     processes.LOST_S = 5.0
     index = jax.process_index()
     read = run(devices, STRATEGY.value, FAILURE.value if index == FAILING else None)
+    if index == 1:
+        profile_alone([device for device in devices if processes.is_local(device)])
     pathlib.Path(RESULTS_TO.value, f"{index}.json").write_text(json.dumps(read))
 
 

@@ -103,6 +103,50 @@ def test_a_step_without_enough_memory_is_refused_with_the_optimizers_state():
         pipelined.train_step(optax.adam(1e-3)).init(params, batch)
 
 
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.parametrize("gradient_first", [False, True])
+def test_best_leaves_memory_for_the_optimizers_state(gradient_first):
+    """A large table that takes little time: beside its state there is room for few other layers."""
+
+    def loss(params, tokens):
+        x = params["table"][tokens]
+        for w in params["w"]:
+            x = x + jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    params = {"table": jnp.ones((6 * 64, 64)) / 8, "w": [jnp.eye(64) / 8] * 6}
+    tokens = jnp.arange(128)
+    spec = jaxptis.DeviceSpec(
+        kind="a",
+        flops_per_s=1e9,
+        bytes_per_s=1e10,
+        memory_bytes=4 * 4 * (6 + 5) * 64**2,  # 11 of 12 matrices, with sums and two moments
+    )
+    cluster = jaxptis.Cluster((spec, spec))
+
+    def make(strategy="best"):
+        return make_pipeline(loss, cluster=cluster, strategy=strategy)
+
+    optimizer = optax.adam(1e-2)
+    of_gradient = make().compile(params, tokens).plan
+    with pytest.raises(ValueError, match=r"device \d needs .*, but has .* is optimizer state"):
+        make(of_gradient).train_step(optimizer).init(params, tokens)
+
+    pipelined = make()
+    if gradient_first:
+        pipelined.value_and_grad(params, tokens)
+        assert pipelined.plan == of_gradient
+    step = pipelined.train_step(optimizer)
+    state = step.init(params, tokens)
+    state, metrics = step(state, tokens)
+    np.testing.assert_allclose(metrics["loss"], loss(params, tokens), rtol=1e-6)
+    assert all(x.peak_bytes <= spec.memory_bytes for x in pipelined.timeline.memory)
+    planned = pipelined.plan
+    pipelined.value_and_grad(state.params, tokens)
+    step.evaluate(state, tokens)
+    assert pipelined.plan == planned != of_gradient
+
+
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap])
 def test_traced_arguments(transform):
     pipelined = make_pipeline()

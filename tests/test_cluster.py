@@ -1,3 +1,4 @@
+import pathlib
 import re
 from dataclasses import dataclass
 from math import inf, nan
@@ -5,6 +6,7 @@ from math import inf, nan
 import pytest
 
 from jaxptis.cluster import DEVICE_SPECS, Cluster, DeviceSpec, Link
+from jaxptis.performance import Costs
 
 
 @dataclass
@@ -45,6 +47,16 @@ def test_every_memory_is_plausible(spec: DeviceSpec) -> None:
     assert 0.005 < spec.memory_bytes / spec.bytes_per_s < 0.1
 
 
+def test_gpus_take_what_an_h200_was_measured_to_take_to_start_a_program() -> None:
+    costs = pathlib.Path(__file__).parents[1] / "experiments/results/costs"
+    files = costs.glob("*-H200.json")
+    measured_s = [Costs.load(path).start_s for path in files]
+    assert len(measured_s) == 4
+    assert min(measured_s) < DEVICE_SPECS["NVIDIA H200"].start_s < max(measured_s)
+    started = {kind for kind, spec in DEVICE_SPECS.items() if spec.start_s}
+    assert started == {kind for kind in DEVICE_SPECS if kind.startswith("NVIDIA")}
+
+
 def test_unknown_kind_says_what_to_do() -> None:
     message = "'Abacus' is not known, only 'NVIDIA A100.*'cpu'; pass pipeline\\(cluster="
     with pytest.raises(ValueError, match=message):
@@ -66,6 +78,12 @@ def test_bad_rate(rate: float) -> None:
 def test_bad_speed(speed: float) -> None:
     with pytest.raises(ValueError, match=f"speed of 'x' is {speed}; use a finite number above 0"):
         DeviceSpec(kind="x", flops_per_s=1.0, bytes_per_s=1.0, speed=speed)
+
+
+@pytest.mark.parametrize("start_s", [-1.0, inf, nan])
+def test_bad_start(start_s: float) -> None:
+    with pytest.raises(ValueError, match=f"start_s of 'x' is {start_s}; use finite seconds of 0"):
+        DeviceSpec(kind="x", flops_per_s=1.0, bytes_per_s=1.0, start_s=start_s)
 
 
 @pytest.mark.parametrize("memory_bytes", [0, -1])

@@ -23,7 +23,7 @@ def in_one_process(strategy):
 @pytest.mark.parametrize(
     ("count", "strategy", "embeddings"),
     # The embedding is in the first and the last stage.
-    [(4, "1f1b", 2), (2, "1f1b", 2), (4, "zb-v", 1), (4, "random", 2)],
+    [(4, "1f1b", 2), (2, "1f1b", 2), (4, "zb-v", 1), (4, "random", 2), (4, "gap", 2)],
 )
 def test_results_are_those_of_one_process(count, strategy, embeddings, tmp_path):
     launched = subprocess.run(

@@ -72,6 +72,14 @@ def assert_copies_equal(leaf, num_copies):
     assert len(set(copies)) == 1
 
 
+def test_best_leaves_devices_empty_where_layers_are_too_few():
+    pipelined = make_pipelined(strategy="best")
+    train(pipelined, loss_fn, OPTIMIZERS["clipped"], make_params(num_blocks=1))
+    assert pipelined.plan.layers == ("first", "blocks/0", "head")
+    assert min(map(len, pipelined.plan.schedule)) == 0
+    assert min(device.peak_bytes for device in pipelined.memory) == 0
+
+
 def train(pipelined, loss, optimizer, params):
     """Train `params` through four devices; returns the last state."""
     data = batches()

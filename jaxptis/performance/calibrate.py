@@ -1,4 +1,4 @@
-"""What a device can do, by two micro-benchmarks, where no data sheet is at hand."""
+"""What a device can do, by three micro-benchmarks, where no data sheet is at hand."""
 
 import time
 from collections.abc import Callable
@@ -21,6 +21,8 @@ _ARRAY_BYTES = 2**28  # more than any cache
 def calibrate(device: Any, dtype: DTypeLike = jnp.bfloat16) -> DeviceSpec:
     """Measure the rates of a device: of a matmul in `dtype`, and of a copy, the best of several.
 
+    And how long it takes to start a program, likewise.
+
     Args:
         device: one of `jax.local_devices()`.
         dtype: of the matmul.
@@ -31,6 +33,7 @@ def calibrate(device: Any, dtype: DTypeLike = jnp.bfloat16) -> DeviceSpec:
         flops_per_s=_flops_per_s(device, dtype),
         bytes_per_s=_bytes_per_s(device),
         memory_bytes=stats.get("bytes_limit"),
+        start_s=_start_s(device),
     )
 
 
@@ -60,6 +63,13 @@ def _bytes_per_s(device: Any) -> float:
         x.block_until_ready()
 
     return 2 * x.nbytes / _best_s(run)
+
+
+def _start_s(device: Any) -> float:
+    """Measure a program that does next to nothing."""
+    x = jax.device_put(jnp.zeros((), jnp.float32), device)
+    add = jax.jit(lambda x: x + 1)
+    return _best_s(lambda: add(x).block_until_ready())
 
 
 def _best_s(run: Callable[[], Any]) -> float:

@@ -15,6 +15,14 @@ _REMEDIES = {
 }
 
 
+def fits_memory(timeline: Timeline, cluster: Cluster) -> bool:
+    """Whether every device has the memory that it needs; see `check_memory`."""
+    return all(
+        device.memory_bytes is None or curve.peak_bytes <= device.memory_bytes
+        for curve, device in zip(timeline.memory, cluster.devices, strict=False)
+    )
+
+
 def check_memory(timeline: Timeline, cluster: Cluster) -> None:
     """Check that every device has the memory that it needs; one without a limit has.
 

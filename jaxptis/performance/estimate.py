@@ -33,6 +33,7 @@ def estimate(
     return Costs(
         layer_costs(layers, costs, state_bytes),
         tied=tied_params(layers, state_bytes),
+        start_s=device.start_s,
         source="estimated",
         device=device.kind,
     )

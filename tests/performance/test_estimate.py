@@ -1,5 +1,6 @@
 """Costs that XLA's counts give, against what is counted by hand or follows from the types."""
 
+import dataclasses
 import math
 import random
 
@@ -10,7 +11,8 @@ import optax
 import pytest
 
 from experiments.model_layers import layers_of as layers_of_model
-from jaxptis.cluster import DeviceSpec
+from jaxptis.cluster import DEVICE_SPECS, Cluster, DeviceSpec
+from jaxptis.optimizer import best_plan
 from jaxptis.performance import Costs
 from jaxptis.performance.estimate import estimate
 from jaxptis.performance.layer_costs import (
@@ -67,6 +69,18 @@ def test_seconds_are_flops_over_what_the_device_does():
         block.input_grad_s + block.weight_grad_s, rel=0.05
     )  # of which W runs some again
     assert costs.kinds["blocks/*"] == (block, same)
+
+
+def test_small_stages_are_not_free():
+    """Each task is started: of layers that take less than that, one stage is the shortest step."""
+    device = DEVICE_SPECS["NVIDIA H200"]
+    costs = estimate(layer_programs(graph_of(2)), device)
+    assert costs.start_s == device.start_s > sum(layer.backward_s for layer in costs.layers)
+    started, free = (
+        best_plan(each, Cluster((device,) * 2), 4, time_limit_s=0.1)
+        for each in (costs, dataclasses.replace(costs, start_s=0.0))
+    )
+    assert started.num_stages == 1 < free.num_stages
 
 
 def test_seconds_are_bytes_over_what_the_device_moves():

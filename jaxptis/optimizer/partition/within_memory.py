@@ -48,10 +48,14 @@ def partition_within(
 def _stage_bytes(problem: Problem, in_flight: int) -> np.ndarray:
     """Return [L + 1, L + 1] bytes of a stage, by its first layer and the one after its last."""
     held = problem.held[None] - problem.held[:, None]
+    lasting = held[..., LASTING]
+    for layers, num_bytes in zip(problem.tied, problem.tied_bytes, strict=True):
+        before = np.searchsorted(np.sort(layers[layers >= 0]), np.arange(len(held)))
+        lasting = lasting - num_bytes * np.maximum(before - before[:, None] - 1, 0)
     most = np.zeros(held.shape[:2])
     for first in range(problem.num_layers):
         most[first, first + 1 :] = np.maximum.accumulate(problem.temporary_bytes[first:])
-    return held[..., LASTING] + in_flight * held[..., SAVED] + most
+    return lasting + in_flight * held[..., SAVED] + most
 
 
 def _cut(problem: Problem, num_bytes: np.ndarray, memory: np.ndarray) -> tuple[int, ...]:

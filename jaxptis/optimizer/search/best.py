@@ -8,13 +8,12 @@ from math import inf
 
 from jaxptis.cluster import Cluster
 from jaxptis.optimizer.certificate.certificate import certify
-from jaxptis.optimizer.partition.balance import check_fills_devices
 from jaxptis.optimizer.search.polish import Order, order_of, polished
 from jaxptis.optimizer.search.search import TASKS_PER_S, Found, search
 from jaxptis.optimizer.steps.candidate import HOME, RECOMPUTE, begins_stage
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, simulate
-from jaxptis.performance.check_memory import check_memory
+from jaxptis.performance.check_memory import fits_memory
 from jaxptis.plan import Plan, StagePlan, Task
 
 _KINDS = "FBIW"
@@ -53,13 +52,12 @@ def best_plan(
             step so far, in seconds; infinite if there is none.
 
     Raises:
-        ValueError: there are fewer layers than devices, no plan can fit the memory (says what
-            would do), or none was found that does.
+        ValueError: no plan can fit the memory (says what would do), or none was found that does.
 
-    A device may be left without a stage: a slow one may be no help.
+    A device may be left without a stage: a slow one may be no help, and there may be fewer layers
+    than devices.
     """
     num_layers, num_devices = len(costs.layers), len(cluster.devices)
-    check_fills_devices(num_layers, num_devices)
     enough_s = certify(costs, cluster, num_microbatches).bound_s * (1 + tolerance)
     names = [layer.name for layer in costs.layers]
     problem = Problem.of(costs, cluster, num_microbatches, blocking=blocking)
@@ -130,8 +128,4 @@ def to_plan(problem: Problem, order: Order, names: Sequence[str]) -> Plan:
 def _step_s(plan: Plan, costs: Costs, cluster: Cluster, blocking: bool) -> float:
     """Return the seconds of a step as it will run; infinite if a device has too little memory."""
     timeline = simulate(plan, costs, cluster, blocking=blocking)
-    try:
-        check_memory(timeline, cluster)
-    except ValueError:
-        return inf
-    return timeline.step_s
+    return timeline.step_s if fits_memory(timeline, cluster) else inf

@@ -83,9 +83,10 @@ def sample(
 def _draw(layers: np.ndarray, work_s: np.ndarray, speed: np.ndarray, max_stages: int) -> None:
     """Give every layer a device."""
     L, P = len(layers), len(speed)
-    num_stages = int(P * (max_stages / P) ** np.random.random())
+    fewest = min(P, max_stages)
+    num_stages = int(fewest * (max_stages / fewest) ** np.random.random())
     if np.random.random() < 0.7:  # whole legs
-        num_stages -= num_stages % P
+        num_stages = max(fewest, num_stages - num_stages % P)
     placement = np.random.randint(0, NUM_PLACEMENTS)
     noise = _NOISE[np.random.randint(0, len(_NOISE))]
     leg = np.random.permutation(P) if placement == SHUFFLED else np.arange(P)

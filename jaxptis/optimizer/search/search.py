@@ -42,7 +42,7 @@ def search(
     """Return the best candidates, the shortest first; none if nothing fits the memory.
 
     Args:
-        problem: what to plan; as many layers as devices, or more.
+        problem: what to plan.
         time_limit_s: on about two cores; see `TASKS_PER_S`. A search of few layers takes less.
         seed: the same seed finds the same.
         stages_per_device: the most of a candidate, on average.

@@ -148,9 +148,25 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
             lag_s[s, 0] = problem.latency_s[d, other] + crossing * problem.byte_s[d, other]
             lag_s[s + 1, 1] = problem.latency_s[other, d] + crossing * problem.byte_s[other, d]
     memory -= most
+    _share(problem, layers, memory)
     for s in range(num_stages - 1, -1, -1):
         for other in range(s + 1, num_stages):
             if home[other] == home[s]:
                 later[s] = room[other] + later[other]
                 break
     return Stages(home, seconds, lag_s, room, kept, later, window, whole), memory
+
+
+@compiled
+def _share(problem: Problem, layers: np.ndarray, memory: np.ndarray) -> None:
+    """Give devices back the bytes of tied parameters that another of their layers counts, too."""
+    for n in range(len(problem.tied_bytes)):
+        for k in range(1, problem.tied.shape[1]):
+            layer = problem.tied[n, k]
+            if layer < 0:
+                break
+            d = layers[layer, HOME]
+            for other in problem.tied[n, :k]:
+                if layers[other, HOME] == d:
+                    memory[d] += problem.tied_bytes[n]
+                    break

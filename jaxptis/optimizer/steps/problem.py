@@ -29,6 +29,9 @@ class Problem(NamedTuple):
             saves its input, too.
         input_bytes: [L] what each layer reads of the one before.
         temporary_bytes: [L] the most that one of its programs needs.
+        tied: [N, K] the layers of each set of tied parameters, then -1. Each counts its set among
+            what it holds: what is shared on a device must be taken off, see `make_stages`.
+        tied_bytes: [N] of each set.
         start_s: seconds that every task takes beside its layers.
         speed: [P] of devices; 0.5 takes twice as long.
         memory: [P] bytes; infinite if nothing limits them.
@@ -43,6 +46,8 @@ class Problem(NamedTuple):
     held: np.ndarray
     input_bytes: np.ndarray
     temporary_bytes: np.ndarray
+    tied: np.ndarray
+    tied_bytes: np.ndarray
     start_s: float
     speed: np.ndarray
     memory: np.ndarray
@@ -56,19 +61,19 @@ class Problem(NamedTuple):
     def of(
         cls, costs: Costs, cluster: Cluster, num_microbatches: int, *, blocking: bool = False
     ) -> Self:
-        """Return the arrays.
-
-        Tied parameters count with each of their layers, as if on devices of their own: two of them
-        on one device need less than is counted.
-        """
+        """Return the arrays."""
         devices = range(len(cluster.devices))
         links = [[cluster.link_between(source, target) for target in devices] for source in devices]
         between = 1 - np.eye(len(cluster.devices))
         lasting = {layer.name: _lasting(layer) for layer in costs.layers}
-        for tied in costs.tied:
-            for name in tied.layers:
-                lasting[name] += tied.param_bytes + tied.grad_bytes
-            lasting[tied.layers[0]] += tied.state_bytes
+        index = {layer.name: number for number, layer in enumerate(costs.layers)}
+        tied = np.full((len(costs.tied), len(costs.layers)), -1)
+        tied_bytes = np.array([float(x.param_bytes + x.grad_bytes) for x in costs.tied])
+        for number, each in enumerate(costs.tied):
+            tied[number, : len(each.layers)] = [index[name] for name in each.layers]
+            for name in each.layers:
+                lasting[name] += each.param_bytes + each.grad_bytes
+            lasting[each.layers[0]] += each.state_bytes
         return cls(
             seconds=_running([[getattr(x, name) for name in _SECONDS] for x in costs.layers]),
             held=_running(
@@ -79,6 +84,8 @@ class Problem(NamedTuple):
             ),
             input_bytes=_column(costs, lambda x: x.input_bytes),
             temporary_bytes=_column(costs, _most_temporary),
+            tied=tied,
+            tied_bytes=tied_bytes,
             start_s=costs.start_s,
             speed=np.array([device.speed for device in cluster.devices]),
             memory=np.array([float(x.memory_bytes or np.inf) for x in cluster.devices]),

@@ -1,11 +1,12 @@
 """Random layers and devices, few enough to try all partitions."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, pairwise
 from random import Random
 
 from jaxptis.cluster import Cluster, Link
-from jaxptis.performance import Costs, LayerCost, Timeline
+from jaxptis.performance import Costs, LayerCost, TiedParams, Timeline
 from jaxptis.plan import Plan, StagePlan
 from jaxptis.schedules import schedule
 from tests.clusters import device
@@ -16,7 +17,10 @@ TEMPORARIES = tuple(
 
 
 def random_case(seed: int, memory_bytes: tuple[int | None, ...]) -> tuple[Costs, Cluster, int]:
-    """Draw layers, devices with one of these memories, and a number of microbatches."""
+    """Draw layers, devices with one of these memories, and a number of microbatches.
+
+    Some layers share parameters.
+    """
     random = Random(seed)
     num_layers, num_devices = random.randint(4, 8), random.randint(2, 3)
     costs = Costs(
@@ -40,7 +44,10 @@ def random_case(seed: int, memory_bytes: tuple[int | None, ...]) -> tuple[Costs,
         for _ in range(num_devices)
     )
     link = Link(latency_s=random.choice([0.0, 0.5]))
-    return costs, Cluster(tuple(devices), link), random.randint(1, 6)
+    cluster, num_microbatches = Cluster(tuple(devices), link), random.randint(1, 6)
+    shared = random.sample([layer.name for layer in costs.layers], random.randint(2, 3))
+    tied = TiedParams(layers=tuple(shared), param_bytes=random.randint(0, 20), grad_bytes=0)
+    return replace(costs, tied=(tied,)), cluster, num_microbatches
 
 
 def plans_of_1f1b(costs: Costs, num_devices: int, num_microbatches: int) -> Iterator[Plan]:

@@ -80,7 +80,7 @@ def test_what_is_lacking_is_said() -> None:
 
 def test_too_few_layers() -> None:
     costs, _, _ = random_case(0, (None,))
-    few = replace(costs, layers=costs.layers[:3])
+    few = replace(costs, layers=costs.layers[:3], tied=())
     with pytest.raises(ValueError, match="3 layers cannot fill 4 devices; pass 3 or fewer"):
         mist(few, equal_devices(4), 4)
 

@@ -1,6 +1,7 @@
 """The search, beside every fixed schedule and the plans that the authors of AdaPtis published."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from jaxptis.cluster import Cluster
 from jaxptis.make_plan import make_plan
 from jaxptis.optimizer import best_plan
-from jaxptis.performance import Costs, simulate
+from jaxptis.performance import Costs, LayerCost, TiedParams, simulate
 from jaxptis.schedules import FAMILIES
 from tests.clusters import device, equal_devices
 from tests.published import published_costs, published_plans
@@ -16,6 +17,16 @@ from tests.published import published_costs, published_plans
 QUICK = 0.15  # seconds of search, nominally
 
 TUNED = [p for p in published_plans("tuned") if (p.num_devices, p.num_microbatches) == (4, 8)]
+
+
+def equal_layers(param_bytes: Sequence[int]) -> Costs:
+    """Return layers that take a second each time, and have parameters of these sizes."""
+    seconds = {"forward_s": 1, "backward_s": 2, "input_grad_s": 1, "weight_grad_s": 1}
+    layers = (
+        LayerCost(name=f"layer{index}", param_bytes=size, **seconds)
+        for index, size in enumerate(param_bytes)
+    )
+    return Costs(tuple(layers))
 
 
 def test_published_models() -> None:
@@ -77,6 +88,15 @@ def test_slow_devices_have_less_to_do(costs: Costs) -> None:
     assert of_equal_s > 1.3 * taken_s
 
 
+def test_what_layers_share_is_on_a_device_once() -> None:
+    """The first and the last layer have one table, the second another: no device has both."""
+    tied = TiedParams(layers=("layer0", "layer3"), param_bytes=60, grad_bytes=0)
+    costs = replace(equal_layers([0, 60, 2, 0]), tied=(tied,))
+    plan = best_plan(costs, Cluster((device(memory_bytes=70),) * 2), 4, time_limit_s=QUICK)
+    home = {name: stage.device for stage in plan.stages for name in stage.layers}
+    assert home["layer0"] == home["layer3"] != home["layer1"]
+
+
 def test_too_little_memory(costs: Costs) -> None:
     """A stage that recomputes keeps what it reads, too."""
     layers = (replace(x, input_bytes=int(i > 0)) for i, x in enumerate(costs.layers))
@@ -98,10 +118,17 @@ def test_a_limit_that_no_plan_keeps_is_refused_with_what_would_do() -> None:
         best_plan(costs, devices, 8, time_limit_s=QUICK)
 
 
-def test_too_few_layers(costs: Costs) -> None:
-    few = replace(costs, layers=costs.layers[:3])
-    with pytest.raises(ValueError, match="3 layers cannot fill 4 devices; pass 3 or fewer"):
-        best_plan(few, equal_devices(4), 8)
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_fewer_layers_than_devices(num_layers: int) -> None:
+    """A device for each layer, the others are empty: the last begins last, and is busy to the end.
+
+    With two layers on a device the step would be twice as long.
+    """
+    costs = equal_layers([0] * num_layers)
+    plan = best_plan(costs, equal_devices(4), 8, time_limit_s=QUICK)
+    assert len({stage.device for stage in plan.stages}) == num_layers
+    assert len(plan.schedule) == 4
+    assert simulate(plan, costs).step_s == 8 * 3 + num_layers - 1
 
 
 @pytest.mark.parametrize("strategy", ["bset", "best(seed=1)"])

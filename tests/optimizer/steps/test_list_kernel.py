@@ -19,10 +19,11 @@ from jaxptis.optimizer.steps.candidate import (
     WINDOW,
     Candidate,
     least_s,
+    make_stages,
 )
 from jaxptis.optimizer.steps.list_kernel import Rule
 from jaxptis.optimizer.steps.problem import Problem
-from jaxptis.performance import Costs, LayerCost, simulate
+from jaxptis.performance import Costs, LayerCost, TiedParams, simulate
 from tests.clusters import device
 
 NO_ORDER = np.empty((0, 3), np.int64)
@@ -89,6 +90,35 @@ def test_memory_is_kept_or_there_is_no_step(seed: int) -> None:
     plan = to_plan(problem, order_of(problem, candidate), [layer.name for layer in costs.layers])
     for curve in simulate(plan, costs, cluster).memory:
         assert curve.peak_bytes <= 40
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_devices_hold_what_the_simulator_says(seed: int) -> None:
+    """Also if layers share parameters, which are on a device once."""
+    costs, cluster, candidate, num_microbatches = _case(seed, memory_bytes=10_000)
+    random = Random(seed)
+    names = [layer.name for layer in costs.layers]
+    layers = (
+        replace(x, param_bytes=random.randint(0, 9), state_bytes=random.randint(0, 9))
+        for x in costs.layers
+    )
+    tied = (
+        TiedParams(
+            layers=tuple(random.sample(names, random.randint(1, len(names)))),
+            param_bytes=random.randint(0, 99),
+            grad_bytes=random.randint(0, 99),
+            state_bytes=random.randint(0, 99),
+        )
+        for _ in range(random.randint(0, 3))
+    )
+    costs = replace(costs, layers=tuple(layers), tied=tuple(tied))
+    candidate.layers[:, RECOMPUTE] = 0  # then no program has temporaries
+    problem = Problem.of(costs, cluster, num_microbatches)
+    _, memory = make_stages(problem, candidate.layers)
+    timeline = simulate(to_plan(problem, order_of(problem, candidate), names), costs, cluster)
+    parts = "parameters", "gradients", "optimizer state"
+    held = [sum(curve.peak_parts[part] for part in parts) for curve in timeline.memory]
+    assert memory.tolist() == [10_000 - num_bytes for num_bytes in held]
 
 
 def test_blocking_transfers_take_what_the_simulator_says() -> None:
