@@ -16,7 +16,6 @@ from jaxptis.cluster import Cluster
 from jaxptis.compile import Analysis, build
 from jaxptis.executor.compiled import Compiler
 from jaxptis.make_plan import PLANNERS, make_plan
-from jaxptis.placement import aval_of
 from jaxptis.schedules import FAMILIES
 from models import MODELS as OURS
 from models import next_token_loss
