@@ -115,6 +115,9 @@ def anneal(
 def _move(layers: np.ndarray, num_devices: int, num_microbatches: int, crowded: bool) -> None:
     """Change one thing of a candidate."""
     L = len(layers)
+    if np.random.random() < 0.25:
+        _exchange(layers, np.random.randint(0, L), np.random.randint(0, L))
+        return
     kind = np.random.randint(0, 14 if crowded else 10)
     layer = np.random.randint(0, L)
     a, b = stage_around(layers, layer)
@@ -145,6 +148,18 @@ def _move(layers: np.ndarray, num_devices: int, num_microbatches: int, crowded: 
             layers[a:b, WHOLE] = 1 - layers[a, WHOLE]
         elif crowded:
             layers[a:b, RECOMPUTE] = 1 - layers[a, RECOMPUTE]
+
+
+@compiled
+def _exchange(layers: np.ndarray, i: int, j: int) -> None:
+    """Let up to three layers from i on, and from j on, of one stage each, change devices."""
+    _, b = stage_around(layers, i)
+    _, other_b = stage_around(layers, j)
+    n = 1 + min(np.random.randint(0, 3), np.random.randint(0, 3))
+    m = 1 + min(np.random.randint(0, 3), np.random.randint(0, 3))
+    home, other = layers[i, HOME], layers[j, HOME]
+    layers[i : min(i + n, b), HOME] = other
+    layers[j : min(j + m, other_b), HOME] = home
 
 
 @compiled

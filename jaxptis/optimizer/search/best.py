@@ -10,6 +10,7 @@ from jaxptis.cluster import Cluster
 from jaxptis.optimizer.certificate.certificate import certify
 from jaxptis.optimizer.search.polish import Order, order_of, polished
 from jaxptis.optimizer.search.search import TASKS_PER_S, Found, search
+from jaxptis.optimizer.search.starts import layers_like
 from jaxptis.optimizer.steps.candidate import HOME, RECOMPUTE, begins_stage
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, simulate
@@ -40,7 +41,8 @@ def best_plan(
         costs: of the layers.
         cluster: the devices, with their memory, speed and links.
         num_microbatches: of a step.
-        others: plans for the same; what is returned is no worse than any that fits the memory.
+        others: plans for the same, of all layers: the search begins with them, too, and what is
+            returned is no worse than any that fits the memory.
         time_limit_s: how long to search, on about two cores. It stands for an amount of work: the
             same limit and seed find the same plan on a slower machine. Small models take less; up
             to three times as long, if what is found needs more memory than the search counted.
@@ -64,6 +66,12 @@ def best_plan(
     found: list[Plan] = list(others)
     steps_s = [_step_s(plan, costs, cluster, blocking) for plan in found]
     of_others_s = min(steps_s, default=inf)
+    crowded = any(device.memory_bytes is not None for device in cluster.devices)
+    starts = [
+        layers_like(plan, recompute=recompute)
+        for recompute in (False, True)[: 1 + crowded]
+        for plan in found
+    ]
 
     def show(done: float, step_s: float) -> None:
         if on_progress:
@@ -74,7 +82,12 @@ def best_plan(
             break
         now = problem._replace(memory=problem.memory * tighter)
         finalists = search(
-            now, time_limit_s=time_limit_s, seed=seed, enough_s=enough_s, on_progress=show
+            now,
+            time_limit_s=time_limit_s,
+            seed=seed,
+            starts=starts,
+            enough_s=enough_s,
+            on_progress=show,
         )[:_FINALISTS]
         orders = [order_of(now, each.candidate) for each in finalists]
         few = max((order.num[0] for order in orders), default=0) <= _FEW_TASKS

@@ -3,12 +3,16 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import inf
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxptis.optimizer.search.anneal import Limits, anneal
 from jaxptis.optimizer.search.sample import sample
-from jaxptis.optimizer.steps.candidate import Candidate
+from jaxptis.optimizer.search.starts import shortest
+from jaxptis.optimizer.steps.candidate import Candidate, count_stages
 from jaxptis.optimizer.steps.list_kernel import Rule
 from jaxptis.optimizer.steps.problem import Problem
 
@@ -19,7 +23,7 @@ finds does not depend on the machine."""
 _DRAWN = 0.1  # of the search
 _ROUNDS = (16, 0.002), (8, 0.001), (4, 0.001), (4, 0.0005), (2, 0.0005)
 """Of equal length: how many candidates are changed, and how hot."""
-_MOST_STEPS = 50_000  # with each layer a stage; what is small is found sooner
+_MOST_STEPS = 50_000, 3_500  # with each layer a stage, the second for each layer, the larger
 STAGES_PER_DEVICE = 12
 
 
@@ -35,6 +39,7 @@ def search(
     *,
     time_limit_s: float,
     seed: int,
+    starts: Sequence[np.ndarray] = (),
     stages_per_device: int = STAGES_PER_DEVICE,
     enough_s: float = 0.0,
     on_progress: Callable[[float, float], None] | None = None,
@@ -45,18 +50,22 @@ def search(
         problem: what to plan.
         time_limit_s: on about two cores; see `TASKS_PER_S`. A search of few layers takes less.
         seed: the same seed finds the same.
+        starts: [L, NUM_COLUMNS] layers of candidates to change beside those drawn; see `starts`.
         stages_per_device: the most of a candidate, on average.
         enough_s: a step as short as this ends the search.
         on_progress: is told now and then which fraction is done, and the shortest step so far;
             infinite if there is none.
     """
     most = min(problem.num_layers, stages_per_device * problem.num_devices)
+    most_steps = max(_MOST_STEPS[0], _MOST_STEPS[1] * problem.num_layers)
     num_tasks = min(
         int(time_limit_s * TASKS_PER_S),
-        _MOST_STEPS * problem.num_layers * problem.num_devices * problem.num_microbatches,
+        most_steps * problem.num_layers * problem.num_devices * problem.num_microbatches,
     )
     found = _drawn(problem, int(_DRAWN * num_tasks), most, seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        begun = pool.map(partial(shortest, problem), (x for x in starts if count_stages(x) <= most))
+        found = _distinct([*found, *(Found(*each) for each in begun if each)])
         for number, (num_kept, heat) in enumerate(_ROUNDS):
             if on_progress:
                 shortest_s = found[0].step_s if found else inf

@@ -136,7 +136,9 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
         seconds[s] /= problem.speed[d]
         saved = problem.held[b, SAVED] - problem.held[a, SAVED]
         kept[s] = problem.held[b, KEPT] - problem.held[a, KEPT]
-        room[s] = max(problem.input_bytes[a] if recompute else saved, kept[s])
+        room[s] = problem.input_bytes[a] if recompute else saved
+        if not whole[s]:
+            room[s] = max(room[s], kept[s])
         if s == 0 and not problem.trains_first:
             kept[s] = room[s]
         memory[d] -= problem.held[b, LASTING] - problem.held[a, LASTING]

@@ -1,0 +1,75 @@
+"""Candidates like known plans: with the same stages, possible in the same memory, about as long."""
+
+from dataclasses import replace
+
+import pytest
+
+from jaxptis.cluster import Cluster
+from jaxptis.make_plan import make_plan
+from jaxptis.optimizer.search.best import to_plan
+from jaxptis.optimizer.search.polish import order_of
+from jaxptis.optimizer.search.starts import layers_like, shortest
+from jaxptis.optimizer.steps.problem import Problem
+from jaxptis.performance import Costs, LayerCost, simulate
+from jaxptis.plan import Plan
+from jaxptis.schedules import FAMILIES
+from tests.clusters import device, equal_devices
+
+NUM_DEVICES, NUM_MICROBATCHES = 4, 8
+COSTS = Costs(
+    tuple(
+        LayerCost(
+            name=f"layer{index}",
+            forward_s=1.0 + index % 3 / 4,
+            backward_s=2.0,
+            input_grad_s=1.0,
+            weight_grad_s=1.0,
+            recompute_s=1.0,
+            param_bytes=100,
+            input_bytes=10,
+            saved_bytes=200,
+            saved_all_bytes=0,
+            kept_bytes=90,
+        )
+        for index in range(16)
+    )
+)
+
+
+def like(strategy: str, *, recompute: bool) -> Plan:
+    plan = make_plan(
+        COSTS, strategy, cluster=equal_devices(NUM_DEVICES), num_microbatches=NUM_MICROBATCHES
+    )
+    if not recompute:
+        return plan
+    return replace(plan, stages=tuple(replace(x, recompute="all") for x in plan.stages))
+
+
+def splits(plan: Plan) -> bool:
+    return any(task.kind == "I" for row in plan.schedule for task in row)
+
+
+@pytest.mark.parametrize("strategy", FAMILIES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_same_stages(strategy: str, recompute: bool) -> None:
+    plan = like(strategy, recompute=recompute)
+    problem = Problem.of(COSTS, equal_devices(NUM_DEVICES), NUM_MICROBATCHES)
+    _, candidate = shortest(problem, layers_like(plan, recompute=recompute))
+    found = to_plan(problem, order_of(problem, candidate), plan.layers)
+    assert found.stages == plan.stages
+    assert splits(found) == splits(plan)
+
+
+@pytest.mark.parametrize("strategy", ["gpipe", "1f1b", "interleaved"])
+def test_possible_in_the_memory_of_the_plan_if_all_is_recomputed(strategy: str) -> None:
+    """What would be kept between a split backward's halves does not count where none is split."""
+    plan = like(strategy, recompute=True)
+    timeline = simulate(plan, COSTS)
+    limit = max(curve.peak_bytes for curve in timeline.memory)
+    cluster = Cluster((device(memory_bytes=limit),) * NUM_DEVICES)
+    problem = Problem.of(COSTS, cluster, NUM_MICROBATCHES)
+    step_s, candidate = shortest(problem, layers_like(plan, recompute=True))
+    found = simulate(to_plan(problem, order_of(problem, candidate), plan.layers), COSTS)
+    assert found.step_s == pytest.approx(step_s)
+    assert max(curve.peak_bytes for curve in found.memory) <= limit
+    assert found.step_s < 1.1 * timeline.step_s
