@@ -27,6 +27,7 @@ from rich.table import Table
 from experiments.chosen_costs import DEVICE, OPTIMIZER, device_spec, make_optimizer
 from experiments.chosen_model import MODEL, SIZE
 from experiments.model_layers import layers_of
+from experiments.sliced_costs import with_slices
 from experiments.wide_console import wide_console
 from jaxptis.performance.costs import Costs, LayerCost, TiedParams
 from jaxptis.performance.estimate import estimate
@@ -106,13 +107,8 @@ def main(argv: list[str]) -> None:
         if ratios:
             report_ratios(ratios, console)
         if JSON_OUTPUT.value is not None:
-            costs.save(with_slices(JSON_OUTPUT.value, costs.settings["head_slices"]))
-
-
-def with_slices(path: str, count: int) -> pathlib.Path:
-    """Returns the path of the costs with a head in so many slices."""
-    whole = pathlib.Path(path)
-    return whole if count == 1 else whole.with_stem(f"{whole.stem}-{count}-slices")
+            path = pathlib.Path(JSON_OUTPUT.value)
+            costs.save(with_slices(path, costs.settings["head_slices"]))
 
 
 def find_costs(console: Console) -> list[tuple[Costs, dict[str, dict[str, float]]]]:

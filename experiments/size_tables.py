@@ -3,6 +3,8 @@
 python -m experiments.size_tables --json_output=experiments/results/size_tables.json
 
 Costs are of an H200 in bfloat16, for microbatches of a sequence of 4096 tokens; see size_costs.
+Best plans with the head whole, in two slices and in four, each of which was measured; others have
+the head whole. With a whole head best starts from their plans, with slices from none.
 Parameters, gradients and the two moments of AdamW, all float32, count in the memory. Eight devices
 are a node, with NVLink inside and InfiniBand outside. A baseline that lacks memory is tried once
 more with stages that recompute all. Ratios are another's step over that of best.
@@ -12,7 +14,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from statistics import geometric_mean
@@ -35,12 +37,14 @@ from jaxptis.performance import Costs
 from jaxptis.pictures.words import duration, size
 
 ALL_MODELS = (
-    *("llama2:7B", "llama2:13B", "llama2:70B", "gemma:7B"),
-    *("deepseek:V2-Lite", "deepseek:V3", "nemotron_h:8B", "nemotron_h:56B"),
+    *("gemma:7B", "nemotron_h:8B", "nemotron_h:56B", "deepseek:V2-Lite", "deepseek:V3"),
+    *("llama2:7B", "llama2:13B", "llama2:70B"),
 )
 UNEVEN = "gemma", "deepseek", "nemotron_h"  # families
 MEMORY_BYTES = 80 * 10**9
 MICROBATCHES = 2  # a device
+HEAD_SLICES = 1, 2, 4  # that best tries
+WHOLE = f"{BEST}(head_slices=1)"
 NODE = 8  # devices
 IN_NODE = Link(latency_s=5e-6, bytes_per_s=450e9)  # NVLink 4 of NVIDIA's data sheet, each way
 BETWEEN_NODES = Link(latency_s=1e-5, bytes_per_s=50e9)  # 400 Gb/s a device
@@ -69,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     rows = read(path) if path and path.exists() else []
     done = {(row["model"], row["num_devices"]) for row in rows}
     for model in MODELS.value:
-        costs = size_costs(*model.split(":"))
+        costs = {count: size_costs(*model.split(":"), count) for count in HEAD_SLICES}
         for num_devices in map(int, NUM_DEVICES.value):
             if (model, num_devices) in done:
                 continue
@@ -104,6 +108,7 @@ def settings() -> Json:
     return {
         "time_limit_s": TIME_LIMIT_S.value,
         "strategies": [*BASELINES, ADAPTIS],
+        "head_slices": HEAD_SLICES,
         "memory_bytes": MEMORY_BYTES,
         "microbatches_per_device": MICROBATCHES,
         "devices_per_node": NODE,
@@ -120,35 +125,52 @@ def cluster_of(num_devices: int) -> Cluster:
     return Cluster((device,) * num_devices, BETWEEN_NODES, links)
 
 
-def plan(costs: Costs, num_devices: int) -> Json:
-    """Returns what every strategy takes, and what is proven; or why nothing can be planned."""
-    cluster, count = cluster_of(num_devices), MICROBATCHES * num_devices
-    row: Json = {"costs": costs.source, "num_layers": len(costs.layers), "num_microbatches": count}
+def plan(costs: Mapping[int, Costs], num_devices: int) -> Json:
+    """Returns what every strategy takes, and what is proven; or why nothing can be planned.
+
+    Args:
+        costs: by the number of slices of the head.
+        num_devices: of the pipeline.
+    """
+    cluster, count, whole = cluster_of(num_devices), MICROBATCHES * num_devices, costs[1]
+    row: Json = {"costs": whole.source, "num_layers": len(whole.layers), "num_microbatches": count}
     try:
-        certificate = certify(costs, cluster, count)
-        check_fills_devices(len(costs.layers), num_devices)
+        certificates = {k: certify(each, cluster, count) for k, each in costs.items()}
+        check_fills_devices(len(whole.layers), num_devices)
     except ValueError as error:
         return {**row, "refusal": str(error)}
     names = (*BASELINES, ADAPTIS)
-    tried = [recomputing(attempt(x, costs, cluster, count), costs, cluster) for x in names]
+    tried = [recomputing(attempt(x, whole, cluster, count), whole, cluster) for x in names]
     began_s = time.perf_counter()
-    tried.append(search(costs, cluster, count, tried))
+    found = {k: search(costs[k], cluster, count, () if k > 1 else tried) for k in HEAD_SLICES}
+    search_s = round(time.perf_counter() - began_s, 1)
+    fitting = [k for k, each in found.items() if each.step and not each.refusal]
+    best = min(fitting, key=lambda k: found[k].step.timeline.step_s, default=1)
     return {
         **row,
-        "search_s": round(time.perf_counter() - began_s, 1),
-        "bound_s": certificate.bound_s,
-        "binds": certificate.bounds[0].binds,
+        "search_s": search_s,
+        "bound_s": certificates[1].bound_s,
+        "binds": certificates[1].bounds[0].binds,
+        "bound_with_slices_s": min(each.bound_s for each in certificates.values()),
         "strategies": [
-            {
-                "strategy": each.strategy,
-                "step_s": each.step and each.step.timeline.step_s,
-                "num_stages": each.step and len(each.step.plan.stages),
-                "recompute": each.step and sorted({x.recompute for x in each.step.plan.stages}),
-                "peak_bytes": each.step and max(x.peak_bytes for x in each.step.timeline.memory),
-                "refusal": each.refusal,
-            }
-            for each in tried
+            *(figures(each, each.strategy, 1) for each in tried),
+            figures(found[1], WHOLE, 1),
+            figures(found[best], BEST, best),
         ],
+    }
+
+
+def figures(tried: Tried, name: str, head_slices: int) -> Json:
+    """Returns what a file has of a strategy."""
+    step = tried.step
+    return {
+        "strategy": name,
+        "head_slices": head_slices,
+        "step_s": step and step.timeline.step_s,
+        "num_stages": step and len(step.plan.stages),
+        "recompute": step and sorted({x.recompute for x in step.plan.stages}),
+        "peak_bytes": step and max(x.peak_bytes for x in step.timeline.memory),
+        "refusal": tried.refusal,
     }
 
 

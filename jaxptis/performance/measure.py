@@ -16,7 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import MappingProxyType
 from typing import Any
 
@@ -157,6 +157,8 @@ def _prepare(
             }
             for kind in kinds_of(layers)
         }
+        # What is compiled for a GPU is tried on it, and cuDNN's attention cannot be run meanwhile.
+        wait([each for programs in compiling.values() for each in programs.values()])
         return _run_once(layers, compiling, values, device, track)
 
 
