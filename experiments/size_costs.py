@@ -4,6 +4,7 @@ All are measured but those of DeepSeek-V3, which are estimated: its layer of exp
 with gradients and moments, so that whether it fits a device does not depend on seconds.
 """
 
+import dataclasses
 from pathlib import Path
 
 from experiments.sliced_costs import with_slices
@@ -16,6 +17,16 @@ ESTIMATED = {("deepseek", "V3")}
 
 
 def size_costs(family: str, size: str, head_slices: int = 1) -> Costs:
-    """Returns the costs of a size, with its head in so many slices."""
+    """Returns the costs of a size, with its head in so many slices.
+
+    The layers before the head cost what they do beside a whole one, even if they were measured
+    again: only what is gained by slices is to differ.
+    """
     source = "estimated" if (family, size) in ESTIMATED else "H200"
-    return Costs.load(with_slices(FOLDER / f"{family}-{size}-{source}.json", head_slices))
+    path = FOLDER / f"{family}-{size}-{source}.json"
+    *before, _ = Costs.load(path).layers
+    same = {layer.name: layer for layer in before}
+    costs = Costs.load(with_slices(path, head_slices))
+    return dataclasses.replace(
+        costs, layers=tuple(same.get(layer.name, layer) for layer in costs.layers)
+    )

@@ -73,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
     rows = read(path) if path and path.exists() else []
     done = {(row["model"], row["num_devices"]) for row in rows}
     for model in MODELS.value:
-        costs = {count: size_costs(*model.split(":"), count) for count in HEAD_SLICES}
+        family, size_of_family = model.split(":")
+        costs = {count: size_costs(family, size_of_family, count) for count in HEAD_SLICES}
         for num_devices in map(int, NUM_DEVICES.value):
             if (model, num_devices) in done:
                 continue
@@ -108,7 +109,7 @@ def settings() -> Json:
     return {
         "time_limit_s": TIME_LIMIT_S.value,
         "strategies": [*BASELINES, ADAPTIS],
-        "head_slices": HEAD_SLICES,
+        "head_slices": [*HEAD_SLICES],
         "memory_bytes": MEMORY_BYTES,
         "microbatches_per_device": MICROBATCHES,
         "devices_per_node": NODE,
@@ -144,8 +145,8 @@ def plan(costs: Mapping[int, Costs], num_devices: int) -> Json:
     began_s = time.perf_counter()
     found = {k: search(costs[k], cluster, count, () if k > 1 else tried) for k in HEAD_SLICES}
     search_s = round(time.perf_counter() - began_s, 1)
-    fitting = [k for k, each in found.items() if each.step and not each.refusal]
-    best = min(fitting, key=lambda k: found[k].step.timeline.step_s, default=1)
+    steps_s = {k: x.step.timeline.step_s for k, x in found.items() if x.step and not x.refusal}
+    best = min(steps_s, key=steps_s.__getitem__, default=1)
     return {
         **row,
         "search_s": search_s,
@@ -196,28 +197,38 @@ def steps_s(row: Json) -> dict[str, float]:
     return {x["strategy"]: x["step_s"] for x in tried if x["step_s"] and not x["refusal"]}
 
 
-def ratios(row: Json) -> dict[str, float]:
+def ratios(row: Json, of: str = BEST) -> dict[str, float]:
     """Returns other steps over that of best: of interleaved, and of the shortest baseline."""
     found = steps_s(row)
     others = {"interleaved": [BASE], "best baseline": BASELINES}
     return {
-        name: min(found[each] for each in strategies if each in found) / found[BEST]
+        name: min(found[each] for each in strategies if each in found) / found[of]
         for name, strategies in others.items()
-        if BEST in found and found.keys() & set(strategies)
+        if of in found and found.keys() & set(strategies)
     }
+
+
+def gap(row: Json, strategy: str) -> str:
+    """Returns by how much a step is longer than that of any plan; best may cut the head."""
+    bound_s = row["bound_with_slices_s" if strategy == BEST else "bound_s"]
+    return f"{steps_s(row)[strategy] / bound_s - 1:.2%}"
 
 
 def strategies_of(row: Json) -> Table | Text:
     """Returns a line a strategy that can plan this, or why none can."""
     if "refusal" in row:
         return Text(row["refusal"])
-    table = new_table("strategy", "step", "gap at most", "stages", "recompute", "peak memory", "")
+    table = new_table(
+        *("strategy", "head slices", "step", "gap at most"),
+        *("stages", "recompute", "peak memory", ""),
+    )
     for each in row["strategies"]:
         if each["step_s"] is not None:
             table.add_row(
                 Text(each["strategy"]),
+                str(each["head_slices"]),
                 duration(each["step_s"]),
-                f"{each['step_s'] / row['bound_s'] - 1:.2%}",
+                "" if each["refusal"] else gap(row, each["strategy"]),
                 str(each["num_stages"]),
                 ", ".join(each["recompute"]),
                 size(each["peak_bytes"]),
@@ -229,18 +240,24 @@ def strategies_of(row: Json) -> Table | Text:
 def summary(rows: Iterable[Json]) -> Table:
     """Returns a line a model and number of devices; empty where nothing can be planned."""
     table = new_table(
-        *("model", "devices", "bound", BEST, "gap", ADAPTIS, "gap", "interleaved"),
-        *("over interleaved", "over baselines"),
+        *("model", "devices", BEST, "slices", "gap", "whole head", "gap", ADAPTIS, "gap"),
+        *("interleaved", "over interleaved", "over baselines"),
     )
     for row in rows:
         found, ratio = steps_s(row), ratios(row)
-        gaps = {x: f"{found[x] / row['bound_s'] - 1:.2%}" for x in (BEST, ADAPTIS) if x in found}
         steps = {name: duration(step_s) for name, step_s in found.items()}
+        slices = [str(x["head_slices"]) for x in row.get("strategies", ()) if x["strategy"] == BEST]
         table.add_row(
             row["model"],
             str(row["num_devices"]),
-            duration(row["bound_s"]) if "bound_s" in row else "",
-            *(each.get(name, "") for name in (BEST, ADAPTIS) for each in (steps, gaps)),
+            steps.get(BEST, ""),
+            "".join(slices),
+            gap(row, BEST) if BEST in found else "",
+            *(
+                cell
+                for name in (WHOLE, ADAPTIS)
+                for cell in (steps.get(name, ""), gap(row, name) if name in found else "")
+            ),
             steps.get(BASE, ""),
             *(f"{ratio[x]:.3f}" if x in ratio else "" for x in ("interleaved", "best baseline")),
         )
@@ -260,9 +277,13 @@ def means(rows: Sequence[Json]) -> list[Json]:
         found.append({"of": name})
         for other in "interleaved", "best baseline":
             given = [x[other] for x in map(ratios, each) if other in x]
+            whole = [x[other] for x in (ratios(row, WHOLE) for row in each) if other in x]
             if given:
-                mean = round(geometric_mean(given), 4)
-                found[-1] |= {f"over {other}": mean, f"rows with {other}": len(given)}
+                found[-1] |= {
+                    f"over {other}": round(geometric_mean(given), 4),
+                    f"over {other}, head whole": round(geometric_mean(whole), 4),
+                    f"rows with {other}": len(given),
+                }
     return found
 
 
