@@ -2,10 +2,12 @@
 
 python -m experiments.measure_layers --model=deepseek --size=V3 --device="NVIDIA H200"
 python -m experiments.measure_layers --size=7B --source=measured --json_output=llama2-7B.json
+python -m experiments.measure_layers --size=7B --head_slices=1,2,4 --json_output=llama2-7B.json
 
 Estimates are of a device that is named, or of the one that is here; they allocate nothing.
 Measured is the device that is here, on which the arrays of one kind of layer are at a time. The
-file is one that `jaxptis.pipeline(costs=...)` takes.
+file is one that `jaxptis.pipeline(costs=...)` takes. Of a head in slices there is one more file,
+with the same costs of the layers before, such as llama2-7B-2-slices.json.
 """
 
 import dataclasses
@@ -25,13 +27,14 @@ from rich.table import Table
 from experiments.chosen_costs import DEVICE, OPTIMIZER, device_spec, make_optimizer
 from experiments.chosen_model import MODEL, SIZE
 from experiments.model_layers import layers_of
+from experiments.sliced_costs import with_slices
 from experiments.wide_console import wide_console
 from jaxptis.performance.costs import Costs, LayerCost, TiedParams
 from jaxptis.performance.estimate import estimate
-from jaxptis.performance.measure import measure
+from jaxptis.performance.measure import measure_kinds, measured_costs
 from jaxptis.performance.optimizer_state import optimizer_state_bytes
 from models import MODELS
-from passes.layer_programs import layer_programs
+from passes.layer_programs import layer_programs, number_together
 
 SECONDS = {
     "F": "forward_s",
@@ -69,6 +72,9 @@ DTYPE = flags.DEFINE_enum(
 SOURCE = flags.DEFINE_enum(
     "source", "estimated", ["estimated", "measured"], "Where the costs are from."
 )
+HEAD_SLICES = flags.DEFINE_list(
+    "head_slices", ["1"], "Into how many slices the head is cut, each beside the others."
+)
 JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the costs.")
 
 SETTINGS = (MODEL, SIZE, SEQ_LEN, MICROBATCH_SIZE, OPTIMIZER)
@@ -86,54 +92,77 @@ def _is_here(values: dict[str, Any]) -> bool:
     return values["source"] == "estimated" or values["device"] is None
 
 
+@flags.validator("head_slices", "write counts of 1 or more, each once, as in 1,2,4")
+def _are_counts(texts: list[str]) -> bool:
+    return all(text.isdecimal() and int(text) for text in texts) and len(set(texts)) == len(texts)
+
+
 def main(argv: list[str]) -> None:
     """Prints a line a kind of layer, and writes all costs to --json_output."""
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
     console = wide_console()
-    costs, ratios = find_costs(console)
-    report(costs, console)
-    if ratios:
-        report_ratios(ratios, console)
-    if JSON_OUTPUT.value is not None:
-        costs.save(JSON_OUTPUT.value)
+    for costs, ratios in find_costs(console):
+        report(costs, console)
+        if ratios:
+            report_ratios(ratios, console)
+        if JSON_OUTPUT.value is not None:
+            path = pathlib.Path(JSON_OUTPUT.value)
+            costs.save(with_slices(path, costs.settings["head_slices"]))
 
 
-def find_costs(console: Console) -> tuple[Costs, dict[str, dict[str, float]]]:
-    """Returns the costs and, if they are measured, estimated over measured by kind and program."""
+def find_costs(console: Console) -> list[tuple[Costs, dict[str, dict[str, float]]]]:
+    """Returns the costs of each of --head_slices.
+
+    If they are measured, with estimated over measured by kind and program; each kind is measured
+    once for all.
+    """
     model = MODELS[MODEL.value]
     config = model.sizes[SIZE.value]
     if DTYPE.value is not None:
         config = dataclasses.replace(config, dtype=jax.numpy.dtype(DTYPE.value))
+    dtype, counts = jax.numpy.dtype(config.dtype), list(map(int, HEAD_SLICES.value))
+    found, states_bytes = [], []
     with console.status("finding layers"):
-        graph, params = layers_of(
-            model, config, microbatch_size=MICROBATCH_SIZE.value, sequence_length=SEQ_LEN.value
-        )
-        layers = layer_programs(graph)
-        state_bytes = optimizer_state_bytes(graph.program, params, make_optimizer(model))
-    dtype = jax.numpy.dtype(config.dtype)
+        for count in counts:
+            graph, params = layers_of(
+                model,
+                config,
+                microbatch_size=MICROBATCH_SIZE.value,
+                sequence_length=SEQ_LEN.value,
+                head_slices=count,
+            )
+            found.append(layer_programs(graph))
+            states_bytes.append(optimizer_state_bytes(graph.program, params, make_optimizer(model)))
+    models = number_together(found)
     bar = functools.partial(track, console=console, transient=True)
-    estimated = estimate(
-        layers,
-        device_spec(dtype),
-        state_bytes=state_bytes,
-        track=functools.partial(bar, description="estimating"),
-    )
+    device = device_spec(dtype)
+    estimating = functools.partial(bar, description="estimating")
+    estimated = [
+        estimate(layers, device, state_bytes=state_bytes, track=estimating)
+        for layers, state_bytes in zip(models, states_bytes, strict=True)
+    ]
     settings = {flag.name: flag.value for flag in SETTINGS} | {
         "dtype": dtype.name,
         "command": f"python -m experiments.measure_layers {shlex.join(sys.argv[1:])}",
     }
     if SOURCE.value == "estimated":
-        return dataclasses.replace(estimated, settings=settings), {}
-    measured = measure(
-        layers,
-        jax.devices()[0],
-        state_bytes=state_bytes,
-        track=functools.partial(bar, description="measuring"),
-    )
-    ratios = compare(estimated, measured)
-    settings |= {**measured.settings, "estimated_over_measured": ratios}
-    return dataclasses.replace(measured, settings=settings), ratios
+        return [
+            (dataclasses.replace(costs, settings={**settings, "head_slices": count}), {})
+            for count, costs in zip(counts, estimated, strict=True)
+        ]
+    here = jax.devices()[0]
+    measuring = functools.partial(bar, description="measuring")
+    kinds, start_s = measure_kinds([x for each in models for x in each], here, track=measuring)
+    pairs = []
+    for count, known, layers, state_bytes in zip(
+        counts, estimated, models, states_bytes, strict=True
+    ):
+        measured = measured_costs(layers, kinds, start_s, here, state_bytes)
+        ratios = compare(known, measured)
+        of_count = {"head_slices": count, **measured.settings, "estimated_over_measured": ratios}
+        pairs.append((dataclasses.replace(measured, settings=settings | of_count), ratios))
+    return pairs
 
 
 def compare(estimated: Costs, measured: Costs) -> dict[str, dict[str, float]]:

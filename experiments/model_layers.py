@@ -1,5 +1,6 @@
 """The loss and the layers of a model, of any size: nothing of it is allocated."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,7 +38,12 @@ def loss_of(
 
 
 def layers_of(
-    model: Model, config: Any, *, microbatch_size: int, sequence_length: int
+    model: Model,
+    config: Any,
+    *,
+    microbatch_size: int,
+    sequence_length: int,
+    head_slices: int = 1,
 ) -> tuple[LayerGraph, Any]:
     """Returns the layers of a microbatch's loss, and the types of the parameters.
 
@@ -46,9 +52,11 @@ def layers_of(
         config: which of the family.
         microbatch_size: sequences.
         sequence_length: tokens predicted in each.
+        head_slices: parts of the vocabulary into which the head is cut.
     """
     loss_fn, params, batch = loss_of(
         model, config, batch_size=microbatch_size, sequence_length=sequence_length
     )
     program, _ = trace(loss_fn, params, batch, has_aux=True)
+    program = dataclasses.replace(program, head_slices=head_slices)
     return find_layers(run(program, PROGRAM_PASSES, Dump(None))), params

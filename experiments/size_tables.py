@@ -3,6 +3,8 @@
 python -m experiments.size_tables --json_output=experiments/results/size_tables.json
 
 Costs are of an H200 in bfloat16, for microbatches of a sequence of 4096 tokens; see size_costs.
+Best plans with the head whole, in two slices and in four, each of which was measured; others have
+the head whole. With a whole head best starts from their plans, with slices from none.
 Parameters, gradients and the two moments of AdamW, all float32, count in the memory. Eight devices
 are a node, with NVLink inside and InfiniBand outside. A baseline that lacks memory is tried once
 more with stages that recompute all. Ratios are another's step over that of best.
@@ -12,7 +14,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from statistics import geometric_mean
@@ -35,12 +37,14 @@ from jaxptis.performance import Costs
 from jaxptis.pictures.words import duration, size
 
 ALL_MODELS = (
-    *("llama2:7B", "llama2:13B", "llama2:70B", "gemma:7B"),
-    *("deepseek:V2-Lite", "deepseek:V3", "nemotron_h:8B", "nemotron_h:56B"),
+    *("gemma:7B", "nemotron_h:8B", "nemotron_h:56B", "deepseek:V2-Lite", "deepseek:V3"),
+    *("llama2:7B", "llama2:13B", "llama2:70B"),
 )
 UNEVEN = "gemma", "deepseek", "nemotron_h"  # families
 MEMORY_BYTES = 80 * 10**9
 MICROBATCHES = 2  # a device
+HEAD_SLICES = 1, 2, 4  # that best tries
+WHOLE = f"{BEST}(head_slices=1)"
 NODE = 8  # devices
 IN_NODE = Link(latency_s=5e-6, bytes_per_s=450e9)  # NVLink 4 of NVIDIA's data sheet, each way
 BETWEEN_NODES = Link(latency_s=1e-5, bytes_per_s=50e9)  # 400 Gb/s a device
@@ -69,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
     rows = read(path) if path and path.exists() else []
     done = {(row["model"], row["num_devices"]) for row in rows}
     for model in MODELS.value:
-        costs = size_costs(*model.split(":"))
+        family, size_of_family = model.split(":")
+        costs = {count: size_costs(family, size_of_family, count) for count in HEAD_SLICES}
         for num_devices in map(int, NUM_DEVICES.value):
             if (model, num_devices) in done:
                 continue
@@ -104,6 +109,7 @@ def settings() -> Json:
     return {
         "time_limit_s": TIME_LIMIT_S.value,
         "strategies": [*BASELINES, ADAPTIS],
+        "head_slices": [*HEAD_SLICES],
         "memory_bytes": MEMORY_BYTES,
         "microbatches_per_device": MICROBATCHES,
         "devices_per_node": NODE,
@@ -120,35 +126,52 @@ def cluster_of(num_devices: int) -> Cluster:
     return Cluster((device,) * num_devices, BETWEEN_NODES, links)
 
 
-def plan(costs: Costs, num_devices: int) -> Json:
-    """Returns what every strategy takes, and what is proven; or why nothing can be planned."""
-    cluster, count = cluster_of(num_devices), MICROBATCHES * num_devices
-    row: Json = {"costs": costs.source, "num_layers": len(costs.layers), "num_microbatches": count}
+def plan(costs: Mapping[int, Costs], num_devices: int) -> Json:
+    """Returns what every strategy takes, and what is proven; or why nothing can be planned.
+
+    Args:
+        costs: by the number of slices of the head.
+        num_devices: of the pipeline.
+    """
+    cluster, count, whole = cluster_of(num_devices), MICROBATCHES * num_devices, costs[1]
+    row: Json = {"costs": whole.source, "num_layers": len(whole.layers), "num_microbatches": count}
     try:
-        certificate = certify(costs, cluster, count)
-        check_fills_devices(len(costs.layers), num_devices)
+        certificates = {k: certify(each, cluster, count) for k, each in costs.items()}
+        check_fills_devices(len(whole.layers), num_devices)
     except ValueError as error:
         return {**row, "refusal": str(error)}
     names = (*BASELINES, ADAPTIS)
-    tried = [recomputing(attempt(x, costs, cluster, count), costs, cluster) for x in names]
+    tried = [recomputing(attempt(x, whole, cluster, count), whole, cluster) for x in names]
     began_s = time.perf_counter()
-    tried.append(search(costs, cluster, count, tried))
+    found = {k: search(costs[k], cluster, count, () if k > 1 else tried) for k in HEAD_SLICES}
+    search_s = round(time.perf_counter() - began_s, 1)
+    steps_s = {k: x.step.timeline.step_s for k, x in found.items() if x.step and not x.refusal}
+    best = min(steps_s, key=steps_s.__getitem__, default=1)
     return {
         **row,
-        "search_s": round(time.perf_counter() - began_s, 1),
-        "bound_s": certificate.bound_s,
-        "binds": certificate.bounds[0].binds,
+        "search_s": search_s,
+        "bound_s": certificates[1].bound_s,
+        "binds": certificates[1].bounds[0].binds,
+        "bound_with_slices_s": min(each.bound_s for each in certificates.values()),
         "strategies": [
-            {
-                "strategy": each.strategy,
-                "step_s": each.step and each.step.timeline.step_s,
-                "num_stages": each.step and len(each.step.plan.stages),
-                "recompute": each.step and sorted({x.recompute for x in each.step.plan.stages}),
-                "peak_bytes": each.step and max(x.peak_bytes for x in each.step.timeline.memory),
-                "refusal": each.refusal,
-            }
-            for each in tried
+            *(figures(each, each.strategy, 1) for each in tried),
+            figures(found[1], WHOLE, 1),
+            figures(found[best], BEST, best),
         ],
+    }
+
+
+def figures(tried: Tried, name: str, head_slices: int) -> Json:
+    """Returns what a file has of a strategy."""
+    step = tried.step
+    return {
+        "strategy": name,
+        "head_slices": head_slices,
+        "step_s": step and step.timeline.step_s,
+        "num_stages": step and len(step.plan.stages),
+        "recompute": step and sorted({x.recompute for x in step.plan.stages}),
+        "peak_bytes": step and max(x.peak_bytes for x in step.timeline.memory),
+        "refusal": tried.refusal,
     }
 
 
@@ -174,28 +197,38 @@ def steps_s(row: Json) -> dict[str, float]:
     return {x["strategy"]: x["step_s"] for x in tried if x["step_s"] and not x["refusal"]}
 
 
-def ratios(row: Json) -> dict[str, float]:
+def ratios(row: Json, of: str = BEST) -> dict[str, float]:
     """Returns other steps over that of best: of interleaved, and of the shortest baseline."""
     found = steps_s(row)
     others = {"interleaved": [BASE], "best baseline": BASELINES}
     return {
-        name: min(found[each] for each in strategies if each in found) / found[BEST]
+        name: min(found[each] for each in strategies if each in found) / found[of]
         for name, strategies in others.items()
-        if BEST in found and found.keys() & set(strategies)
+        if of in found and found.keys() & set(strategies)
     }
+
+
+def gap(row: Json, strategy: str) -> str:
+    """Returns by how much a step is longer than that of any plan; best may cut the head."""
+    bound_s = row["bound_with_slices_s" if strategy == BEST else "bound_s"]
+    return f"{steps_s(row)[strategy] / bound_s - 1:.2%}"
 
 
 def strategies_of(row: Json) -> Table | Text:
     """Returns a line a strategy that can plan this, or why none can."""
     if "refusal" in row:
         return Text(row["refusal"])
-    table = new_table("strategy", "step", "gap at most", "stages", "recompute", "peak memory", "")
+    table = new_table(
+        *("strategy", "head slices", "step", "gap at most"),
+        *("stages", "recompute", "peak memory", ""),
+    )
     for each in row["strategies"]:
         if each["step_s"] is not None:
             table.add_row(
                 Text(each["strategy"]),
+                str(each["head_slices"]),
                 duration(each["step_s"]),
-                f"{each['step_s'] / row['bound_s'] - 1:.2%}",
+                "" if each["refusal"] else gap(row, each["strategy"]),
                 str(each["num_stages"]),
                 ", ".join(each["recompute"]),
                 size(each["peak_bytes"]),
@@ -207,18 +240,24 @@ def strategies_of(row: Json) -> Table | Text:
 def summary(rows: Iterable[Json]) -> Table:
     """Returns a line a model and number of devices; empty where nothing can be planned."""
     table = new_table(
-        *("model", "devices", "bound", BEST, "gap", ADAPTIS, "gap", "interleaved"),
-        *("over interleaved", "over baselines"),
+        *("model", "devices", BEST, "slices", "gap", "whole head", "gap", ADAPTIS, "gap"),
+        *("interleaved", "over interleaved", "over baselines"),
     )
     for row in rows:
         found, ratio = steps_s(row), ratios(row)
-        gaps = {x: f"{found[x] / row['bound_s'] - 1:.2%}" for x in (BEST, ADAPTIS) if x in found}
         steps = {name: duration(step_s) for name, step_s in found.items()}
+        slices = [str(x["head_slices"]) for x in row.get("strategies", ()) if x["strategy"] == BEST]
         table.add_row(
             row["model"],
             str(row["num_devices"]),
-            duration(row["bound_s"]) if "bound_s" in row else "",
-            *(each.get(name, "") for name in (BEST, ADAPTIS) for each in (steps, gaps)),
+            steps.get(BEST, ""),
+            "".join(slices),
+            gap(row, BEST) if BEST in found else "",
+            *(
+                cell
+                for name in (WHOLE, ADAPTIS)
+                for cell in (steps.get(name, ""), gap(row, name) if name in found else "")
+            ),
             steps.get(BASE, ""),
             *(f"{ratio[x]:.3f}" if x in ratio else "" for x in ("interleaved", "best baseline")),
         )
@@ -238,9 +277,13 @@ def means(rows: Sequence[Json]) -> list[Json]:
         found.append({"of": name})
         for other in "interleaved", "best baseline":
             given = [x[other] for x in map(ratios, each) if other in x]
+            whole = [x[other] for x in (ratios(row, WHOLE) for row in each) if other in x]
             if given:
-                mean = round(geometric_mean(given), 4)
-                found[-1] |= {f"over {other}": mean, f"rows with {other}": len(given)}
+                found[-1] |= {
+                    f"over {other}": round(geometric_mean(given), 4),
+                    f"over {other}, head whole": round(geometric_mean(whole), 4),
+                    f"rows with {other}": len(given),
+                }
     return found
 
 

@@ -4,7 +4,7 @@ Layers with equal programs, such as those of equal blocks, are of one kind, and 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,8 @@ class LayerKind:
     """The programs of equal layers for one microbatch.
 
     Attributes:
-      index: of the first of these layers; the operands of the programs are those of this layer.
+      index: of the first of these layers, whose operands those of the programs are; of several
+        models that are numbered together, one that no other kind has.
       gradient: the forward and the whole backward; what is cheap is recomputed.
       split: the backward in two parts.
       again: what of the forward a stage that recomputes all runs once more; None if nothing.
@@ -101,6 +102,22 @@ def layer_programs(graph: LayerGraph) -> tuple[LayerPrograms, ...]:
             )
         )
     return tuple(layers)
+
+
+def number_together(models: Sequence[Sequence[LayerPrograms]]) -> list[list[LayerPrograms]]:
+    """Return the layers of several models, whose equal kinds are one, with an index of its own."""
+    kinds: dict[Any, LayerKind] = {}
+
+    def numbered(kind: LayerKind) -> LayerKind:
+        form = _form(kind.gradient.forward), _form(kind.gradient.backward)
+        return kinds.setdefault(form, dataclasses.replace(kind, index=len(kinds)))
+
+    found = []
+    for layers in models:
+        own = {layer.kind.index: layer.kind for layer in layers}
+        own = {index: numbered(kind) for index, kind in own.items()}
+        found.append([dataclasses.replace(x, kind=own[x.kind.index]) for x in layers])
+    return found
 
 
 def _operands(kind: LayerKind, gradient: StageGradient, stage: Stage) -> dict[Operand, Operand]:

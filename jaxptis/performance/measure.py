@@ -16,7 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import MappingProxyType
 from typing import Any
 
@@ -50,15 +50,53 @@ def measure(
     track: Track = iter,
     ready: Callable[[], None] = lambda: None,
 ) -> Costs:
-    """Return the median seconds of the programs of each kind of layer.
+    """Return the median seconds of the programs of each kind of layer; see `measure_kinds`."""
+    costs, start_s = measure_kinds(layers, device, values=values, track=track, ready=ready)
+    return measured_costs(layers, costs, start_s, device, state_bytes)
 
-    `start_s` is the median of a program that does nothing with as many arrays; it is taken off
+
+def measured_costs(
+    layers: Sequence[LayerPrograms],
+    costs: Mapping[int, KindCost],
+    start_s: float,
+    device: Any,
+    state_bytes: Mapping[int, int],
+) -> Costs:
+    """Return the costs of layers whose kinds were measured.
+
+    Args:
+        layers: what they run.
+        costs: of each kind, by its index.
+        start_s: of every task.
+        device: on which they were measured.
+        state_bytes: the optimizer's state of each parameter.
+    """
+    return Costs(
+        layer_costs(layers, costs, state_bytes),
+        tied=tied_params(layers, state_bytes),
+        start_s=start_s,
+        source="measured",
+        device=kind_of(device),
+        settings={"jax": jax.__version__},
+    )
+
+
+def measure_kinds(
+    layers: Sequence[LayerPrograms],
+    device: Any,
+    *,
+    values: Mapping[Operand, Any] = MappingProxyType({}),
+    track: Track = iter,
+    ready: Callable[[], None] = lambda: None,
+) -> tuple[dict[int, KindCost], float]:
+    """Return what the programs of each kind take, and the seconds to start one.
+
+    These are the median of a program that does nothing with as many arrays; they are taken off
     all others.
 
     Args:
         layers: what they run.
         device: one of `jax.local_devices()`.
-        state_bytes: the optimizer's state of each parameter.
         values: of all parameters and of a microbatch, by their operands; random arrays if empty.
         track: goes through the layers; those of known kinds are quickly done.
         ready: called when all is compiled, before anything is timed; waits for other processes that
@@ -80,14 +118,7 @@ def measure(
         kind.index: _kind_cost({p: seconds[p] for p in programs if p.kind == kind.index}, start_s)
         for kind in kinds
     }
-    return Costs(
-        layer_costs(layers, costs, state_bytes),
-        tied=tied_params(layers, state_bytes),
-        start_s=start_s,
-        source="measured",
-        device=kind_of(device),
-        settings={"jax": jax.__version__},
-    )
+    return costs, start_s
 
 
 def _empty(kinds: Sequence[LayerKind], device: Any) -> Callable[[], Any]:
@@ -126,6 +157,8 @@ def _prepare(
             }
             for kind in kinds_of(layers)
         }
+        # What is compiled for a GPU is tried on it, and cuDNN's attention cannot be run meanwhile.
+        wait([each for programs in compiling.values() for each in programs.values()])
         return _run_once(layers, compiling, values, device, track)
 
 

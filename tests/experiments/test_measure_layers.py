@@ -42,6 +42,25 @@ def test_measured_costs_beside_estimates(tmp_path):
         assert f"{costs.kinds[kind][0].backward_s * 1e3:.3f}" in run.stdout
 
 
+def test_a_head_in_slices_stands_beside_the_whole_one(tmp_path):
+    run = measure_layers(
+        "--model=nemotron_h",
+        "--size=tiny",
+        "--seq_len=16",
+        "--head_slices=1,2",
+        "--source=measured",
+        f"--json_output={tmp_path / 'costs.json'}",
+    )
+    assert run.returncode == 0, run.stderr
+    whole, sliced = (Costs.load(tmp_path / f"costs{end}.json") for end in ("", "-2-slices"))
+    # What both have was measured once: its seconds are the same to the last digit.
+    assert whole.layers[:-1] == sliced.layers[:-2]
+    assert whole.layers[0].backward_s > 0
+    names = [layer.name for layer in (whole.layers[-1], *sliced.layers[-2:])]
+    assert names == ["head", "head[:,0:128]", "head[:,128:256]"]
+    assert (whole.settings["head_slices"], sliced.settings["head_slices"]) == (1, 2)
+
+
 def test_the_largest_models_are_not_allocated(tmp_path):
     path = tmp_path / "costs.json"
     run = measure_layers(
@@ -66,6 +85,7 @@ def test_the_largest_models_are_not_allocated(tmp_path):
             "is the device that is here; drop --device",
         ),
         ("--device=Abacus", "NVIDIA H200"),
+        ("--head_slices=1,0", "write counts of 1 or more, each once, as in 1,2,4"),
         ("tiny", "belong to no flag"),
     ],
 )

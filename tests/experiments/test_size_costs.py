@@ -1,7 +1,6 @@
 import pytest
 
-from experiments.size_costs import MEASURED, corrected, size_costs
-from jaxptis.performance import Costs, LayerCost
+from experiments.size_costs import DEVICE, size_costs
 
 PUBLISHED_PARAMETERS = {
     ("llama2", "7B"): 6_738_415_616,
@@ -15,10 +14,14 @@ PUBLISHED_PARAMETERS = {
 }
 
 
+@pytest.mark.parametrize("head_slices", [1, 2, 4])
 @pytest.mark.parametrize(("family", "size"), PUBLISHED_PARAMETERS)
-def test_memory_is_of_float32_parameters_gradients_and_two_moments(family, size):
-    costs = size_costs(family, size)
-    assert costs.source == ("measured" if size == MEASURED[family] else "estimated")
+def test_memory_is_of_float32_parameters_gradients_and_two_moments(family, size, head_slices):
+    costs = size_costs(family, size, head_slices)
+    assert costs.source == ("estimated" if size == "V3" else "measured")
+    assert costs.device == DEVICE.kind
+    assert costs.settings["head_slices"] == head_slices
+    assert (costs.settings["seq_len"], costs.settings["dtype"]) == (4096, "bfloat16")
     owners = *costs.layers, *costs.tied
     published_bytes = 4 * PUBLISHED_PARAMETERS[family, size]
     assert sum(each.param_bytes for each in owners) == published_bytes
@@ -39,30 +42,11 @@ def test_attention_saves_no_square_of_the_sequence(size, width, kv_width):
     assert saved_bytes <= attention.saved_bytes <= 2 * saved_bytes
 
 
-def layer(name, forward_s, saved_bytes, recompute_s=0.0):
-    return LayerCost(
-        name=name,
-        forward_s=forward_s,
-        backward_s=2 * forward_s,
-        input_grad_s=forward_s,
-        weight_grad_s=forward_s,
-        recompute_s=recompute_s,
-        saved_bytes=saved_bytes,
-    )
-
-
-def test_each_number_is_corrected_by_its_own_ratio():
-    known = Costs((layer("embed", 1.0, 0), layer("layers_0/mlp", 2.0, 100)))
-    measured = Costs(
-        (layer("embed", 3.0, 5), layer("layers_0/mlp", 3.0, 25)),
-        start_s=0.5,
-        settings={"size": "small"},
-    )
-    large = Costs(
-        (layer("embed", 10.0, 0), layer("layers_7/mlp", 10.0, 80, 1.0), layer("new", 10.0, 8))
-    )
-    embed, mlp, new = corrected(large, known, measured).layers
-    assert (embed.forward_s, embed.backward_s, embed.saved_bytes) == (30.0, 60.0, 0)
-    assert (mlp.forward_s, mlp.saved_bytes, mlp.recompute_s) == (15.0, 20, 1.0)
-    assert new == large.layers[2]
-    assert corrected(large, known, measured).start_s == 0.5
+@pytest.mark.parametrize("head_slices", [2, 4])
+@pytest.mark.parametrize(("family", "size"), PUBLISHED_PARAMETERS)
+def test_only_the_head_differs_in_slices(family, size, head_slices):
+    whole, sliced = size_costs(family, size), size_costs(family, size, head_slices)
+    *before, _ = whole.layers
+    assert sliced.layers[: len(before)] == tuple(before)
+    assert len(sliced.layers) == len(before) + head_slices
+    assert sliced.start_s == whole.start_s

@@ -32,13 +32,21 @@ def test_every_strategy_stands_beside_best(table):
         fits = each["step_s"] is not None and each["peak_bytes"] <= 80e9
         assert fits == (each["refusal"] is None)
         if fits:
-            assert row["bound_s"] <= tried["best"]["step_s"] <= each["step_s"]
+            assert tried["best"]["step_s"] <= each["step_s"]
+            if each["strategy"] != "best":
+                assert each["head_slices"] == 1 and row["bound_s"] <= each["step_s"]
+    assert tried["best"]["head_slices"] in (1, 2, 4)
+    assert row["bound_with_slices_s"] <= tried["best"]["step_s"]
+    whole = tried["best(head_slices=1)"]
+    assert whole["step_s"] <= min(x["step_s"] for x in tried.values() if x["head_slices"] == 1)
     base, best = tried["interleaved(partition=uniform)"], tried["best"]
     assert (base["num_stages"], base["recompute"]) == (16, ["cheap"])
     for mean in figures["means"]:
         if mean["of"] in ("gemma", "uneven families"):
             ratio = base["step_s"] / best["step_s"]
             assert mean["over interleaved"] == pytest.approx(ratio, abs=1e-4)  # four decimals
+            ratio = base["step_s"] / whole["step_s"]
+            assert mean["over interleaved, head whole"] == pytest.approx(ratio, abs=1e-4)
             assert mean["rows with interleaved"] == 1
     assert f"{base['step_s'] / best['step_s']:.3f}" in printed
 

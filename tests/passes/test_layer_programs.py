@@ -6,7 +6,7 @@ import pytest
 from passes import STAGE_PASSES, jaxprs
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
-from passes.layer_programs import layer_programs
+from passes.layer_programs import layer_programs, number_together
 from passes.runner import Dump, run
 from passes.split_backward import split_backward
 from passes.stages import Operand, Role
@@ -68,6 +68,17 @@ def test_equal_blocks_are_of_one_kind():
     assert len({id(layer.kind) for layer in layers}) == 3
     held = [set(layer.params) for layer in layers]
     assert len(set.union(*held)) == sum(map(len, held))  # each has parameters of its own
+
+
+def test_equal_layers_of_several_models_are_of_one_kind():
+    models = [layer_programs(transformer(num_blocks)) for num_blocks in (2, 3)]
+    short, long = number_together(models)
+    (first, *_, last), (also_first, *_, also_last) = short, long
+    assert first.kind is also_first.kind and last.kind is also_last.kind
+    assert {x.kind.index for x in (*short, *long)} == set(range(len({x.kind.index for x in short})))
+    for before, after in zip(models, (short, long), strict=True):
+        for one, other in zip(before, after, strict=True):
+            assert (one.name, one.operands) == (other.name, other.operands)
 
 
 def ruled(factors):
