@@ -9,7 +9,7 @@ from tests.experiments.program import run_program
     "program",
     [
         *("compare", "gains", "inspect_hlo", "measure_layers", "plan", "plan_tables"),
-        *("plan_times", "show_plan", "slowed", "split_cost", "train"),
+        *("plan_times", "show_plan", "slowed", "split_cost", "train", "uneven_devices"),
     ],
 )
 def test_help_lists_the_flags_of_shared_files_too(program):

@@ -54,7 +54,8 @@ def splits(plan: Plan) -> bool:
 def test_the_same_stages(strategy: str, recompute: bool) -> None:
     plan = like(strategy, recompute=recompute)
     problem = Problem.of(COSTS, equal_devices(NUM_DEVICES), NUM_MICROBATCHES)
-    _, candidate = shortest(problem, layers_like(plan, recompute=recompute))
+    _, candidate = shortest(problem, layers_like(plan, recompute=recompute)) or (0, None)
+    assert candidate
     found = to_plan(problem, order_of(problem, candidate), plan.layers)
     assert found.stages == plan.stages
     assert splits(found) == splits(plan)
@@ -68,7 +69,8 @@ def test_possible_in_the_memory_of_the_plan_if_all_is_recomputed(strategy: str) 
     limit = max(curve.peak_bytes for curve in timeline.memory)
     cluster = Cluster((device(memory_bytes=limit),) * NUM_DEVICES)
     problem = Problem.of(COSTS, cluster, NUM_MICROBATCHES)
-    step_s, candidate = shortest(problem, layers_like(plan, recompute=True))
+    step_s, candidate = shortest(problem, layers_like(plan, recompute=True)) or (0, None)
+    assert candidate
     found = simulate(to_plan(problem, order_of(problem, candidate), plan.layers), COSTS)
     assert found.step_s == pytest.approx(step_s)
     assert max(curve.peak_bytes for curve in found.memory) <= limit

@@ -1,0 +1,91 @@
+"""What it is worth to plan for devices of the speeds that they have.
+
+python -m experiments.uneven_devices --json_output=experiments/results/uneven_devices.json
+
+Every strategy plans models whose layer times the authors of AdaPtis published for devices that it
+takes as equal, and its plan runs on those that are here. Links are free. Ratios are the step of the
+shortest of these plans, and of best for equal devices, over that of best for devices as they are.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from math import inf
+from statistics import geometric_mean
+from typing import Any
+
+from absl import app, flags
+
+from experiments.json_output import this_run, write_json
+from experiments.published import published_costs, published_plans
+from experiments.tried import attempt
+from jaxptis.cluster import Cluster, DeviceSpec
+from jaxptis.make_plan import ADAPTIS, BASELINES
+from jaxptis.optimizer import best_plan
+from jaxptis.performance import Costs, simulate
+
+DEVICE = DeviceSpec(kind="published", flops_per_s=1.0, bytes_per_s=1.0)
+
+MODELS = flags.DEFINE_list("models", None, "By default all that were published.")
+SPEEDS = flags.DEFINE_list("speeds", ["1", "1", "0.5", "0.5"], "Of the devices.")
+NUM_MICROBATCHES = flags.DEFINE_integer("num_microbatches", 8, "Of a step.", lower_bound=1)
+TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 10.0, "Of each search.", lower_bound=0.1)
+flags.declare_key_flag("json_output")  # --help lists it
+
+
+@flags.validator("speeds", "give one number above 0 for each device, with commas between")
+def _are_speeds(values: list[str]) -> bool:
+    try:
+        return all(0 < float(value) < inf for value in values) and bool(values)
+    except ValueError:
+        return False
+
+
+Json = dict[str, Any]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints a row a model, then the geometric means."""
+    if argv[1:]:
+        raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
+    settings = {x.name: x.value for x in (SPEEDS, NUM_MICROBATCHES, TIME_LIMIT_S)}
+    rows: list[Json] = []
+    for model in MODELS.value or sorted({plan.model for plan in published_plans("tuned")}):
+        rows.append({"model": model, **ratios(published_costs(model))})
+        print(*(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
+        write_json({**this_run("uneven_devices", settings), "rows": rows})
+    for name in "over_baselines", "over_best_for_equal":
+        of_all = [row[name] for row in rows]
+        print(f"{name} mean {geometric_mean(of_all):.3f}, least {min(of_all):.3f}")
+
+
+def ratios(costs: Costs) -> Json:
+    """Returns the step of best, and others' over it."""
+    speeds = [float(speed) for speed in SPEEDS.value]
+    equal = Cluster((DEVICE,) * len(speeds))
+    here = Cluster(tuple(dataclasses.replace(DEVICE, speed=speed) for speed in speeds))
+    tried = [attempt(x, costs, equal, NUM_MICROBATCHES.value) for x in (*BASELINES, ADAPTIS)]
+    steps_s = {
+        x.strategy: simulate(x.step.plan, costs, here, blocking=True).step_s
+        for x in tried
+        if x.step
+    }
+    best_s, for_equal_s = (
+        simulate(
+            best_plan(costs, cluster, NUM_MICROBATCHES.value, time_limit_s=TIME_LIMIT_S.value),
+            costs,
+            here,
+            blocking=True,
+        ).step_s
+        for cluster in (here, equal)
+    )
+    shortest = min(steps_s, key=steps_s.__getitem__)
+    return {
+        "step_ms": round(best_s * 1e3, 2),
+        "over_baselines": round(steps_s[shortest] / best_s, 4),
+        "shortest_baseline": shortest,
+        "over_best_for_equal": round(for_equal_s / best_s, 4),
+    }
+
+
+if __name__ == "__main__":
+    app.run(main)
