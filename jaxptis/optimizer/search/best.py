@@ -10,7 +10,7 @@ from jaxptis.cluster import Cluster
 from jaxptis.optimizer.certificate.certificate import certify
 from jaxptis.optimizer.search.polish import Order, order_of, polished
 from jaxptis.optimizer.search.search import TASKS_PER_S, Found, search
-from jaxptis.optimizer.search.starts import layers_like
+from jaxptis.optimizer.search.starts import starts_of
 from jaxptis.optimizer.steps.candidate import HOME, RECOMPUTE, begins_stage
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, simulate
@@ -63,15 +63,10 @@ def best_plan(
     enough_s = certify(costs, cluster, num_microbatches).bound_s * (1 + tolerance)
     names = [layer.name for layer in costs.layers]
     problem = Problem.of(costs, cluster, num_microbatches, blocking=blocking)
-    found: list[Plan] = list(others)
+    others = list(others)
+    found = others
     steps_s = [_step_s(plan, costs, cluster, blocking) for plan in found]
     of_others_s = min(steps_s, default=inf)
-    crowded = any(device.memory_bytes is not None for device in cluster.devices)
-    starts = [
-        layers_like(plan, recompute=recompute)
-        for recompute in (False, True)[: 1 + crowded]
-        for plan in found
-    ]
 
     def show(done: float, step_s: float) -> None:
         if on_progress:
@@ -85,7 +80,7 @@ def best_plan(
             now,
             time_limit_s=time_limit_s,
             seed=seed,
-            starts=starts,
+            starts=starts_of(now, others),
             enough_s=enough_s,
             on_progress=show,
         )[:_FINALISTS]

@@ -1,5 +1,6 @@
 """Candidates like plans that are known: where a search begins, beside what it draws."""
 
+from collections.abc import Sequence
 from itertools import accumulate, product
 from math import inf
 
@@ -14,9 +15,11 @@ from jaxptis.optimizer.steps.candidate import (
     WHOLE,
     WINDOW,
     Candidate,
+    begins_stage,
+    make_stages,
 )
 from jaxptis.optimizer.steps.list_kernel import DEEPEST, OLDEST, SHALLOWEST, Rule
-from jaxptis.optimizer.steps.problem import Problem
+from jaxptis.optimizer.steps.problem import AGAIN, SAVED, Problem
 from jaxptis.plan import Plan
 
 _RULES = [
@@ -26,14 +29,24 @@ _RULES = [
 _NO_ORDER = np.empty((0, 3), np.int64)
 
 
-def layers_like(plan: Plan, *, recompute: bool) -> np.ndarray:
-    """Return the layers of a candidate with the stages of a plan, [L, NUM_COLUMNS].
+def starts_of(problem: Problem, plans: Sequence[Plan]) -> list[np.ndarray]:
+    """Return layers like those of plans for all layers; if memory is limited, also recomputed.
+
+    Each is there three times then: as planned, with all recomputed, and with as much as must be.
+    """
+    planned = [layers_like(plan) for plan in plans]
+    if np.min(problem.memory) == inf:
+        return planned
+    recomputed = [layers.copy() for layers in planned]
+    for layers in recomputed:
+        layers[:, RECOMPUTE] = 1
+    return [*planned, *recomputed, *(filled(problem, layers) for layers in recomputed)]
+
+
+def layers_like(plan: Plan) -> np.ndarray:
+    """Return the layers of a candidate with the stages of a plan for all, [L, NUM_COLUMNS].
 
     No stage has more microbatches between forward and backward than there.
-
-    Args:
-        plan: with all layers.
-        recompute: whether all stages recompute all; else those that do there.
     """
     layers = np.zeros((len(plan.layers), NUM_COLUMNS), np.int64)
     num_ahead, splits = _habits(plan)
@@ -44,7 +57,7 @@ def layers_like(plan: Plan, *, recompute: bool) -> np.ndarray:
         layers[start, CUT] = stage.device == before
         layers[start:end, WINDOW] = num_ahead[number]
         layers[start:end, WHOLE] = not splits[number]
-        layers[start:end, RECOMPUTE] = recompute or stage.recompute == "all"
+        layers[start:end, RECOMPUTE] = stage.recompute == "all"
         start, before = end, stage.device
     return layers
 
@@ -58,6 +71,30 @@ def _habits(plan: Plan) -> tuple[list[int], list[bool]]:
             steps[task.stage].append(1 if task.kind == "F" else -1)
         splits[task.stage] |= task.kind == "I"
     return [max(accumulate(each)) for each in steps], splits
+
+
+def filled(problem: Problem, layers: np.ndarray) -> np.ndarray:
+    """Return layers that are all recomputed, less those for which there is memory.
+
+    There is if their device can hold what all its stages save of as many microbatches as they may
+    have ahead. Stages that take most to recompute, for their bytes, are saved first.
+    """
+    layers = layers.copy()
+    stages, free = make_stages(problem, layers)
+    np.subtract.at(free, stages.home, stages.window * stages.room)
+    ends = np.append(np.flatnonzero(_begins(layers)), len(layers))
+    again_s = np.diff(problem.seconds[ends, AGAIN])
+    saved = np.maximum(np.diff(problem.held[ends, SAVED]) - stages.room, 0.0)
+    more = stages.window * saved
+    for s in np.argsort(more / np.maximum(again_s, 1e-12), kind="stable"):
+        if more[s] <= free[stages.home[s]]:
+            free[stages.home[s]] -= more[s]
+            layers[ends[s] : ends[s + 1], RECOMPUTE] = 0
+    return layers
+
+
+def _begins(layers: np.ndarray) -> list[bool]:
+    return [begins_stage(layers, layer) for layer in range(len(layers))]
 
 
 def shortest(problem: Problem, layers: np.ndarray) -> tuple[float, Candidate] | None:

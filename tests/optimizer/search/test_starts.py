@@ -1,14 +1,17 @@
 """Candidates like known plans: with the same stages, possible in the same memory, about as long."""
 
 from dataclasses import replace
+from math import inf
 
+import numpy as np
 import pytest
 
 from jaxptis.cluster import Cluster
 from jaxptis.make_plan import make_plan
 from jaxptis.optimizer.search.best import to_plan
 from jaxptis.optimizer.search.polish import order_of
-from jaxptis.optimizer.search.starts import layers_like, shortest
+from jaxptis.optimizer.search.starts import layers_like, shortest, starts_of
+from jaxptis.optimizer.steps.candidate import RECOMPUTE
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, LayerCost, simulate
 from jaxptis.plan import Plan
@@ -54,7 +57,7 @@ def splits(plan: Plan) -> bool:
 def test_the_same_stages(strategy: str, recompute: bool) -> None:
     plan = like(strategy, recompute=recompute)
     problem = Problem.of(COSTS, equal_devices(NUM_DEVICES), NUM_MICROBATCHES)
-    _, candidate = shortest(problem, layers_like(plan, recompute=recompute)) or (0, None)
+    _, candidate = shortest(problem, layers_like(plan)) or (0, None)
     assert candidate
     found = to_plan(problem, order_of(problem, candidate), plan.layers)
     assert found.stages == plan.stages
@@ -69,9 +72,22 @@ def test_possible_in_the_memory_of_the_plan_if_all_is_recomputed(strategy: str) 
     limit = max(curve.peak_bytes for curve in timeline.memory)
     cluster = Cluster((device(memory_bytes=limit),) * NUM_DEVICES)
     problem = Problem.of(COSTS, cluster, NUM_MICROBATCHES)
-    step_s, candidate = shortest(problem, layers_like(plan, recompute=True)) or (0, None)
+    step_s, candidate = shortest(problem, layers_like(plan)) or (0, None)
     assert candidate
     found = simulate(to_plan(problem, order_of(problem, candidate), plan.layers), COSTS)
     assert found.step_s == pytest.approx(step_s)
     assert max(curve.peak_bytes for curve in found.memory) <= limit
     assert found.step_s < 1.1 * timeline.step_s
+
+
+@pytest.mark.parametrize("strategy", ["1f1b", "interleaved"])
+def test_memory_that_is_there_saves_recomputation(strategy: str) -> None:
+    """With half of the memory by which saving all exceeds recomputing all."""
+    plans = [like(strategy, recompute=recompute) for recompute in (False, True)]
+    peaks = [max(x.peak_bytes for x in simulate(plan, COSTS).memory) for plan in plans]
+    cluster = Cluster((device(memory_bytes=sum(peaks) // 2),) * NUM_DEVICES)
+    problem = Problem.of(COSTS, cluster, NUM_MICROBATCHES)
+    as_planned, recomputed, filled = starts_of(problem, plans[:1])
+    assert 0 < np.sum(filled[:, RECOMPUTE]) < len(COSTS.layers)
+    steps_s = [(shortest(problem, x) or (inf,))[0] for x in (as_planned, recomputed, filled)]
+    assert steps_s[2] < min(steps_s[:2])
