@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from math import inf
 
+import numpy as np
+
 from jaxptis.cluster import Cluster
 from jaxptis.optimizer.certificate.certificate import certify
 from jaxptis.optimizer.search.polish import Order, order_of, polished
 from jaxptis.optimizer.search.search import TASKS_PER_S, Found, search
-from jaxptis.optimizer.search.starts import starts_of
+from jaxptis.optimizer.search.starts import in_memory, starts_of
 from jaxptis.optimizer.steps.candidate import HOME, RECOMPUTE, begins_stage
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, simulate
@@ -64,7 +66,9 @@ def best_plan(
     names = [layer.name for layer in costs.layers]
     problem = Problem.of(costs, cluster, num_microbatches, blocking=blocking)
     others = list(others)
-    found = others
+    found = [*others]
+    if np.min(problem.memory) < inf:
+        found += [in_memory(problem, plan) for plan in others]
     steps_s = [_step_s(plan, costs, cluster, blocking) for plan in found]
     of_others_s = min(steps_s, default=inf)
 

@@ -1,6 +1,7 @@
 """Candidates like plans that are known: where a search begins, beside what it draws."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, product
 from math import inf
 
@@ -41,6 +42,22 @@ def starts_of(problem: Problem, plans: Sequence[Plan]) -> list[np.ndarray]:
     for layers in recomputed:
         layers[:, RECOMPUTE] = 1
     return [*planned, *recomputed, *(filled(problem, layers) for layers in recomputed)]
+
+
+def in_memory(problem: Problem, plan: Plan) -> Plan:
+    """Return the same stages and order, with as much recomputed as must be; see `filled`."""
+    layers = layers_like(plan)
+    layers[:, RECOMPUTE] = 1
+    recompute = filled(problem, layers)[_first_layers(plan), RECOMPUTE]
+    stages = (
+        replace(stage, recompute="all" if again else "cheap")
+        for stage, again in zip(plan.stages, recompute, strict=True)
+    )
+    return replace(plan, stages=tuple(stages))
+
+
+def _first_layers(plan: Plan) -> list[int]:
+    return [0, *accumulate(len(stage.layers) for stage in plan.stages[:-1])]
 
 
 def layers_like(plan: Plan) -> np.ndarray:

@@ -10,7 +10,7 @@ from jaxptis.cluster import Cluster
 from jaxptis.make_plan import make_plan
 from jaxptis.optimizer.search.best import to_plan
 from jaxptis.optimizer.search.polish import order_of
-from jaxptis.optimizer.search.starts import layers_like, shortest, starts_of
+from jaxptis.optimizer.search.starts import in_memory, layers_like, shortest, starts_of
 from jaxptis.optimizer.steps.candidate import RECOMPUTE
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, LayerCost, simulate
@@ -91,3 +91,8 @@ def test_memory_that_is_there_saves_recomputation(strategy: str) -> None:
     assert 0 < np.sum(filled[:, RECOMPUTE]) < len(COSTS.layers)
     steps_s = [(shortest(problem, x) or (inf,))[0] for x in (as_planned, recomputed, filled)]
     assert steps_s[2] < min(steps_s[:2])
+    plan = in_memory(problem, plans[0])
+    found = simulate(plan, COSTS)
+    assert plan.schedule == plans[0].schedule
+    assert max(curve.peak_bytes for curve in found.memory) <= sum(peaks) // 2
+    assert found.step_s < simulate(plans[1], COSTS).step_s
