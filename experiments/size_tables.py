@@ -4,7 +4,7 @@ python -m experiments.size_tables --json_output=experiments/results/size_tables.
 
 Costs are of an H200 in bfloat16, for microbatches of a sequence of 4096 tokens; see size_costs.
 Best plans with the head whole, in two slices and in four, each of which was measured; others have
-the head whole. With a whole head best starts from their plans, with slices from none.
+the head whole. best starts from their plans, with all slices in the place of the head.
 Parameters, gradients and the two moments of AdamW, all float32, count in the memory. Eight devices
 are a node, with NVLink inside and InfiniBand outside. A baseline that lacks memory is tried once
 more with stages that recompute all. Ratios are another's step over that of best.
@@ -35,6 +35,7 @@ from jaxptis.optimizer.certificate import certify
 from jaxptis.optimizer.partition.balance import check_fills_devices
 from jaxptis.performance import Costs
 from jaxptis.pictures.words import duration, size
+from jaxptis.plan import Plan
 
 ALL_MODELS = (
     *("gemma:7B", "nemotron_h:8B", "nemotron_h:56B", "deepseek:V2-Lite", "deepseek:V3"),
@@ -143,7 +144,11 @@ def plan(costs: Mapping[int, Costs], num_devices: int) -> Json:
     names = (*BASELINES, ADAPTIS)
     tried = [recomputing(attempt(x, whole, cluster, count), whole, cluster) for x in names]
     began_s = time.perf_counter()
-    found = {k: search(costs[k], cluster, count, () if k > 1 else tried) for k in HEAD_SLICES}
+    plans = [each.step.plan for each in tried if each.step and not each.refusal]
+    found = {
+        k: search(costs[k], cluster, count, [sliced(each, costs[k]) for each in plans])
+        for k in HEAD_SLICES
+    }
     search_s = round(time.perf_counter() - began_s, 1)
     steps_s = {k: x.step.timeline.step_s for k, x in found.items() if x.step and not x.refusal}
     best = min(steps_s, key=steps_s.__getitem__, default=1)
@@ -175,14 +180,22 @@ def figures(tried: Tried, name: str, head_slices: int) -> Json:
     }
 
 
-def search(costs: Costs, cluster: Cluster, num_microbatches: int, tried: Iterable[Tried]) -> Tried:
-    """Returns what best finds, which is no worse than what others found that fits."""
+def sliced(plan: Plan, costs: Costs) -> Plan:
+    """Returns a plan whose last stage has the slices of a head, where it has that as a whole."""
+    *stages, last = plan.stages
+    slices = (layer.name for layer in costs.layers[len(plan.layers) - 1 :])
+    last = dataclasses.replace(last, layers=(*last.layers[:-1], *slices))
+    return dataclasses.replace(plan, stages=(*stages, last))
+
+
+def search(costs: Costs, cluster: Cluster, num_microbatches: int, others: Sequence[Plan]) -> Tried:
+    """Returns what best finds, which is no worse than other plans that fit."""
     try:
         found = best_plan(
             costs,
             cluster,
             num_microbatches,
-            others=[each.step.plan for each in tried if each.step and not each.refusal],
+            others=others,
             time_limit_s=TIME_LIMIT_S.value,
         )
     except ValueError as error:
