@@ -2,9 +2,9 @@
 
 python -m experiments.uneven_devices --json_output=experiments/results/uneven_devices.json
 
-Every strategy plans models whose layer times the authors of AdaPtis published for devices that it
-takes as equal, and its plan runs on those that are here. Links are free. Ratios are the step of the
-shortest of these plans, and of best for equal devices, over that of best for devices as they are.
+All strategies plan models whose layer times the authors of AdaPtis published: named schedules as
+if devices were equal, `adaptis` and `mist` for their speeds. Links are free. Ratios are the step of
+the shortest of these plans, and of best for equal devices, over best for devices as they are.
 """
 
 import dataclasses
@@ -19,10 +19,11 @@ from experiments.json_output import this_run, write_json
 from experiments.published import published_costs, published_plans
 from experiments.tried import attempt
 from jaxptis.cluster import Cluster, DeviceSpec
-from jaxptis.make_plan import ADAPTIS, BASELINES
+from jaxptis.make_plan import ADAPTIS, BASELINES, MIST
 from jaxptis.optimizer import best_plan
 from jaxptis.performance import Costs, simulate
 
+PUBLISHED = sorted({plan.model for plan in published_plans("tuned")})
 DEVICE = DeviceSpec(kind="published", flops_per_s=1.0, bytes_per_s=1.0)
 
 MODELS = flags.DEFINE_list("models", None, "By default all that were published.")
@@ -32,10 +33,15 @@ TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 10.0, "Of each search.", lower
 flags.declare_key_flag("json_output")  # --help lists it
 
 
-@flags.validator("speeds", "give one number above 0 for each device, with commas between")
+@flags.validator("models", f"give some of {', '.join(PUBLISHED)}")
+def _are_published(values: list[str] | None) -> bool:
+    return set(values or ()) <= set(PUBLISHED)
+
+
+@flags.validator("speeds", "give one number above 0 for each device, up to 32, with commas between")
 def _are_speeds(values: list[str]) -> bool:
     try:
-        return all(0 < float(value) < inf for value in values) and bool(values)
+        return all(0 < float(value) < inf for value in values) and 0 < len(values) <= 32
     except ValueError:
         return False
 
@@ -49,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
     settings = {x.name: x.value for x in (SPEEDS, NUM_MICROBATCHES, TIME_LIMIT_S)}
     rows: list[Json] = []
-    for model in MODELS.value or sorted({plan.model for plan in published_plans("tuned")}):
+    for model in MODELS.value or PUBLISHED:
         rows.append({"model": model, **ratios(published_costs(model))})
         print(*(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
         write_json({**this_run("uneven_devices", settings), "rows": rows})
@@ -63,7 +69,11 @@ def ratios(costs: Costs) -> Json:
     speeds = [float(speed) for speed in SPEEDS.value]
     equal = Cluster((DEVICE,) * len(speeds))
     here = Cluster(tuple(dataclasses.replace(DEVICE, speed=speed) for speed in speeds))
-    tried = [attempt(x, costs, equal, NUM_MICROBATCHES.value) for x in (*BASELINES, ADAPTIS)]
+    planners = {ADAPTIS: here, MIST: here}  # know of speeds
+    tried = [
+        attempt(x, costs, planners.get(x, equal), NUM_MICROBATCHES.value)
+        for x in (*BASELINES, ADAPTIS)
+    ]
     steps_s = {
         x.strategy: simulate(x.step.plan, costs, here, blocking=True).step_s
         for x in tried

@@ -14,13 +14,23 @@ def test_a_slow_device_gets_less(tmp_path):
     (row,) = json.loads(path.read_text())["rows"]
     work_s = sum(x.forward_s + x.backward_s for x in published_costs("llama3-8B").layers)
     assert row["step_ms"] / 1e3 > 4 * work_s / 1.25
-    # A device that takes half of the layers, and four times as long as thought, takes 1.6 shares.
-    assert row["over_baselines"] > 1.4
-    assert row["over_best_for_equal"] > 1.4
+    assert row["step_ms"] / 1e3 < 1.2 * 4 * work_s / 1.25  # beside fill and drain
+    # A device that takes half of the work four times as long takes 2.5 times its share; layers,
+    # the first and the last in the main, are no even halves.
+    assert row["over_best_for_equal"] > 2
+    assert row["over_baselines"] > 1
 
 
-@pytest.mark.parametrize("speeds", ["1,0", "fast", ""])
-def test_speeds_that_are_none(speeds):
-    run = run_program("uneven_devices", f"--speeds={speeds}")
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--speeds=1,0", "give one number above 0 for each device"),
+        ("--speeds=fast", "give one number above 0 for each device"),
+        ("--speeds=", "give one number above 0 for each device"),
+        ("--models=llama4", "give some of jamba-100B"),
+    ],
+)
+def test_what_cannot_be_planned_for(flag, says):
+    run = run_program("uneven_devices", flag)
     assert run.returncode != 0
-    assert "give one number above 0 for each device" in run.stderr
+    assert says in run.stderr and "Traceback" not in run.stderr

@@ -52,9 +52,10 @@ def _stage_bytes(problem: Problem, in_flight: int) -> np.ndarray:
     for layers, num_bytes in zip(problem.tied, problem.tied_bytes, strict=True):
         before = np.searchsorted(np.sort(layers[layers >= 0]), np.arange(len(held)))
         lasting = lasting - num_bytes * np.maximum(before - before[:, None] - 1, 0)
+    needs = problem.needs.max(axis=1)
     most = np.zeros(held.shape[:2])
     for first in range(problem.num_layers):
-        most[first, first + 1 :] = np.maximum.accumulate(problem.temporary_bytes[first:])
+        most[first, first + 1 :] = np.maximum.accumulate(needs[first:])
     return lasting + in_flight * held[..., SAVED] + most
 
 

@@ -68,7 +68,8 @@ def best_plan(
     others = list(others)
     found = [*others]
     if np.min(problem.memory) < inf:
-        found += [in_memory(problem, plan) for plan in others]
+        fitted = (in_memory(problem, plan) for plan in others)
+        found += [plan for plan in fitted if plan not in others]
     steps_s = [_step_s(plan, costs, cluster, blocking) for plan in found]
     of_others_s = min(steps_s, default=inf)
 

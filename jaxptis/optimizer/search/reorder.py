@@ -68,7 +68,7 @@ def _tries(plan: Plan, costs: Costs, cluster: Cluster) -> Iterator[tuple[Stages,
     orders = OLDEST, DEEPEST, SHALLOWEST
     patiences = 0.0, 0.25, 0.5, 0.75
     rules = [Rule(*each) for each in product((True, False), orders, orders, patiences)]
-    windows = [_window(plan), np.full(S, M), np.minimum(M, np.arange(S, 0, -1))]
+    windows = [window_of(plan), np.full(S, M), np.minimum(M, np.arange(S, 0, -1))]
     fixed = [*product(rules, windows, wholes)]
     for rule, window, whole in fixed:
         yield stages._replace(window=window, whole=whole), rule
@@ -110,7 +110,7 @@ def _stages(plan: Plan, costs: Costs, cluster: Cluster) -> Stages:
     )
 
 
-def _window(plan: Plan) -> np.ndarray:
+def window_of(plan: Plan) -> np.ndarray:
     """Return for each stage the most microbatches that the plan has between F and B or I."""
     now, most = np.zeros(plan.num_stages, np.int64), np.zeros(plan.num_stages, np.int64)
     for task in (task for row in plan.schedule for task in row if task.kind != "W"):

@@ -23,7 +23,8 @@ finds does not depend on the machine."""
 _DRAWN = 0.1  # of the search
 _ROUNDS = (16, 0.002), (8, 0.001), (4, 0.001), (4, 0.0005), (2, 0.0005)
 """Of equal length: how many candidates are changed, and how hot."""
-_MOST_STEPS = 50_000, 3_500  # with each layer a stage, the second for each layer, the larger
+_MOST_STEPS = 50_000  # with each layer a stage; what is small is found sooner
+_MOST_STEPS_A_LAYER = 3_500  # where that is more: as many layers can change places with each
 STAGES_PER_DEVICE = 12
 
 
@@ -57,14 +58,17 @@ def search(
             infinite if there is none.
     """
     most = min(problem.num_layers, stages_per_device * problem.num_devices)
-    most_steps = max(_MOST_STEPS[0], _MOST_STEPS[1] * problem.num_layers)
+    most_steps = max(_MOST_STEPS, _MOST_STEPS_A_LAYER * problem.num_layers)
     num_tasks = min(
         int(time_limit_s * TASKS_PER_S),
         most_steps * problem.num_layers * problem.num_devices * problem.num_microbatches,
     )
     found = _drawn(problem, int(_DRAWN * num_tasks), most, seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        begun = pool.map(partial(shortest, problem), (x for x in starts if count_stages(x) <= most))
+        num_kept = _ROUNDS[0][0]
+        limit_s = found[num_kept - 1].step_s if len(found) >= num_kept else inf
+        few = (layers for layers in starts if count_stages(layers) <= most)
+        begun = pool.map(partial(shortest, problem, limit_s=limit_s), few)
         found = _distinct([*found, *(Found(*each) for each in begun if each)])
         for number, (num_kept, heat) in enumerate(_ROUNDS):
             if on_progress:

@@ -8,6 +8,7 @@ from math import inf
 import numpy as np
 
 from jaxptis.optimizer.search.anneal import step_s_of
+from jaxptis.optimizer.search.reorder import window_of
 from jaxptis.optimizer.steps.candidate import (
     CUT,
     HOME,
@@ -66,28 +67,18 @@ def layers_like(plan: Plan) -> np.ndarray:
     No stage has more microbatches between forward and backward than there.
     """
     layers = np.zeros((len(plan.layers), NUM_COLUMNS), np.int64)
-    num_ahead, splits = _habits(plan)
+    splits = {task.stage for row in plan.schedule for task in row if task.kind == "I"}
+    window = window_of(plan)
     start, before = 0, -1
     for number, stage in enumerate(plan.stages):
         end = start + len(stage.layers)
         layers[start:end, HOME] = stage.device
         layers[start, CUT] = stage.device == before
-        layers[start:end, WINDOW] = num_ahead[number]
-        layers[start:end, WHOLE] = not splits[number]
+        layers[start:end, WINDOW] = window[number]
+        layers[start:end, WHOLE] = number not in splits
         layers[start:end, RECOMPUTE] = stage.recompute == "all"
         start, before = end, stage.device
     return layers
-
-
-def _habits(plan: Plan) -> tuple[list[int], list[bool]]:
-    """Return how many microbatches each stage has ahead at most, and whether it splits."""
-    steps: list[list[int]] = [[] for _ in plan.stages]
-    splits = [False] * len(plan.stages)
-    for task in (task for row in plan.schedule for task in row):
-        if task.kind != "W":
-            steps[task.stage].append(1 if task.kind == "F" else -1)
-        splits[task.stage] |= task.kind == "I"
-    return [max(accumulate(each)) for each in steps], splits
 
 
 def filled(problem: Problem, layers: np.ndarray) -> np.ndarray:
@@ -114,12 +105,14 @@ def _begins(layers: np.ndarray) -> list[bool]:
     return [begins_stage(layers, layer) for layer in range(len(layers))]
 
 
-def shortest(problem: Problem, layers: np.ndarray) -> tuple[float, Candidate] | None:
-    """Return the seconds of the shortest list schedule of layers, and it; None if none fits."""
-    best_s, best = inf, None
+def shortest(
+    problem: Problem, layers: np.ndarray, limit_s: float = inf
+) -> tuple[float, Candidate] | None:
+    """Return the seconds of the shortest list schedule of layers, and it; None if none is short."""
+    best = None
     for rule in _RULES:
         candidate = Candidate(layers, rule)
-        step_s, _ = step_s_of(problem, candidate, best_s, _NO_ORDER)
-        if step_s < best_s:
-            best_s, best = step_s, candidate
-    return best and (best_s, best)
+        step_s, _ = step_s_of(problem, candidate, limit_s, _NO_ORDER)
+        if step_s < limit_s:
+            limit_s, best = step_s, candidate
+    return best and (limit_s, best)

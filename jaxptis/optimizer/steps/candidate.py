@@ -142,8 +142,7 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
         if s == 0 and not problem.trains_first:
             kept[s] = room[s]
         memory[d] -= problem.held[b, LASTING] - problem.held[a, LASTING]
-        of_one = problem.temporary_bytes[a:b].max() + (saved if recompute else 0.0)
-        most[d] = max(most[d], of_one)
+        most[d] = max(most[d], _passing_bytes(problem, a, b, layers[a], room[s]))
         if b < num_layers:
             other = layers[b, HOME]
             crossing = problem.input_bytes[b]
@@ -157,6 +156,23 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
                 later[s] = room[other] + later[other]
                 break
     return Stages(home, seconds, lag_s, room, kept, later, window, whole), memory
+
+
+@compiled
+def _passing_bytes(problem: Problem, a: int, b: int, told: np.ndarray, room: float) -> float:
+    """Return what a task of layers a to b needs at most beside the room of its microbatches."""
+    saved = problem.held[b, SAVED] - problem.held[a, SAVED]
+    lasts, again = (problem.input_bytes[a], saved) if told[RECOMPUTE] == 1 else (saved, 0.0)
+    splits = told[WHOLE] == 0 and (a > 0 or problem.trains_first)
+    alone = backward = held = made = 0.0
+    for layer in range(b - 1, a - 1, -1):
+        alone = max(alone, problem.needs[layer, F])
+        if splits:
+            alone = max(alone, problem.needs[layer, W])
+        backward = max(backward, problem.needs[layer, I if splits else B] + held)
+        held += problem.holds[layer, 1 if splits else 0]
+        made += problem.holds[layer, 2] if splits else 0.0
+    return max(alone, again + backward + max(0.0, lasts + made - room))
 
 
 @compiled

@@ -17,7 +17,10 @@ F, B, I, W, AGAIN = range(5)  # noqa: E741
 SAVED, KEPT, LASTING = range(3)
 """Columns of bytes: from F to its backward, from I to W, for the whole step."""
 
-_SECONDS = ("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s")
+_KINDS = "forward", "backward", "input_grad", "weight_grad"
+_SECONDS = *(f"{kind}_s" for kind in _KINDS), "recompute_s"
+_NEEDS = [f"{kind}_temporary_bytes" for kind in _KINDS]
+_HOLDS = "backward_held_bytes", "input_grad_held_bytes", "made_bytes"
 
 
 class Problem(NamedTuple):
@@ -28,7 +31,9 @@ class Problem(NamedTuple):
         held: [L + 1, 3] running sums of bytes, of the columns SAVED, KEPT and LASTING. A layer
             saves its input, too.
         input_bytes: [L] what each layer reads of the one before.
-        temporary_bytes: [L] the most that one of its programs needs.
+        needs: [L, 4] bytes that F, B, I and W of each layer need while they run.
+        holds: [L, 3] bytes that B, and I, of several layers hold of each to their end, and what I
+            makes of each while what was saved is still there.
         tied: [N, K] the layers of each set of tied parameters, then -1. Each counts its set among
             what it holds: what is shared on a device must be taken off, see `make_stages`.
         tied_bytes: [N] of each set.
@@ -45,7 +50,8 @@ class Problem(NamedTuple):
     seconds: np.ndarray
     held: np.ndarray
     input_bytes: np.ndarray
-    temporary_bytes: np.ndarray
+    needs: np.ndarray
+    holds: np.ndarray
     tied: np.ndarray
     tied_bytes: np.ndarray
     start_s: float
@@ -83,7 +89,8 @@ class Problem(NamedTuple):
                 ]
             ),
             input_bytes=_column(costs, lambda x: x.input_bytes),
-            temporary_bytes=_column(costs, _most_temporary),
+            needs=np.array([[getattr(x, name) for name in _NEEDS] for x in costs.layers], float),
+            holds=np.array([[getattr(x, name) for name in _HOLDS] for x in costs.layers], float),
             tied=tied,
             tied_bytes=tied_bytes,
             start_s=costs.start_s,
@@ -111,15 +118,6 @@ def _running(rows: list[list[float]]) -> np.ndarray:
 
 def _column(costs: Costs, number: Callable[[LayerCost], int]) -> np.ndarray:
     return np.array([float(number(layer)) for layer in costs.layers])
-
-
-def _most_temporary(layer: LayerCost) -> int:
-    return max(
-        layer.forward_temporary_bytes,
-        layer.backward_temporary_bytes,
-        layer.input_grad_temporary_bytes,
-        layer.weight_grad_temporary_bytes,
-    )
 
 
 def _lasting(layer: LayerCost) -> int:
