@@ -119,6 +119,11 @@ class Compiled:
         executable, homes = steps.gradient_step(self.pipeline, self._compiler)
         return GradientStep(self._dumped(executable), Placement(homes, self._compiler.devices))
 
+    @property
+    def trains(self) -> bool:
+        """Whether a training step is built."""
+        return bool(self._training)
+
     def fits(self, optimizer: optax.GradientTransformation) -> bool:
         """Whether the devices have the memory for a training step."""
         analysis = self.pipeline.analysis

@@ -146,7 +146,7 @@ def compile_pipeline(
     """Plan a loss function and cut it into stages; see `analyse`.
 
     It is planned for training steps with an optimizer, whose state takes memory, or for gradients.
-    The `previous` plan is kept if the layers are the same, and fit the memory with the optimizer.
+    The `previous` plan, made for other shapes, is kept if the layers are the same.
     """
     planned: list[tuple[Analysis, Plan]] = []
     errors: list[ValueError] = []
@@ -158,11 +158,7 @@ def compile_pipeline(
         try:
             analysis = analyse(loss_fn, params, batch, chosen, given=given)
             layers = tuple(layer.name for layer in analysis.graph.layers)
-            if (
-                previous is not None
-                and previous.layers == layers
-                and (optimizer is None or _step_s(analysis, previous, optimizer) < math.inf)
-            ):
+            if previous is not None and previous.layers == layers:
                 return build(analysis, previous)
             planned.append((analysis, _plan(analysis, optimizer)))
         except ValueError as error:

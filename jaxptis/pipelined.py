@@ -26,9 +26,10 @@ class Pipelined:
     """A loss function that runs as a pipeline; `jaxptis.pipeline` makes it.
 
     It is planned and compiled when it is first called, under JAX's configuration at that time, and
-    again for every other shape of the batch, with the same plan where that still fits. A training
-    step is planned with its optimizer's state, and is planned anew if a gradient was planned before
-    and leaves no memory for it. What it shows of itself is the last gradient or training step.
+    again for every other shape of the batch, with the same plan if the layers are the same. A
+    training step is planned with its optimizer's state: anew if only gradients were called before,
+    whose plan leaves no memory for it. Later nothing is planned anew, as the state would move at
+    every step. What it shows of itself is the last gradient or training step.
     """
 
     def __init__(self, loss_fn: Callable[[Any, Any], Any], options: Callable[[], Options]) -> None:
@@ -36,7 +37,7 @@ class Pipelined:
         self._loss_fn = loss_fn
         self._make_options = options
         # A structure of an nnx model need not be hashable, so it is compared.
-        self._compiled: dict[Any, list[tuple[Any, Compiled]]] = {}
+        self._compiled: dict[Any, dict[Any, list[tuple[Any, Compiled]]]] = {}
         self._plans: dict[Any, Plan] = {}
         self.shown: Compiled | None = None
 
@@ -160,14 +161,25 @@ class Pipelined:
                 "a pipeline runs compiled programs on several devices, so it cannot be traced "
                 "itself; call it outside of jit, grad, vmap and eval_shape"
             )
-        model = (structure, _types(leaves))
-        same = self._compiled.setdefault((model, batch_structure, _types(batch_leaves)), [])
-        compiled = next((compiled for known, compiled in same if known == graphdef), None)
-        if compiled is None or not (optimizer is None or compiled.fits(optimizer)):
-            previous, old = self._plans.get(model), compiled
+        model, shapes = (structure, _types(leaves)), (batch_structure, _types(batch_leaves))
+        known = self._compiled.setdefault(model, {})
+
+        def new(previous: Plan | None) -> Compiled:
             compiled = self._compile(graphdef, params, batch, optimizer, previous)
             self._plans[model] = compiled.pipeline.plan
-            same[:] = [*(each for each in same if each[1] is not old), (graphdef, compiled)]
+            known.setdefault(shapes, []).append((graphdef, compiled))
+            return compiled
+
+        compiled = next((each for of, each in known.get(shapes, ()) if of == graphdef), None)
+        if compiled is None and model in self._plans:
+            compiled = new(self._plans[model])
+        if compiled is None or not (
+            optimizer is None
+            or compiled.fits(optimizer)
+            or any(each.trains for same in known.values() for _, each in same)
+        ):
+            known.clear()
+            compiled = new(previous=None)
         self.shown = self.shown or compiled
         return Call(compiled, structure, leaves, batch_leaves)
 
@@ -176,8 +188,9 @@ class Pipelined:
         for model, plan in self._plans.items():
             if plan is old.pipeline.plan:
                 self._plans[model] = new.pipeline.plan
-        for same in self._compiled.values():
-            same[:] = [(known, new if each is old else each) for known, each in same]
+        for known in self._compiled.values():
+            for same in known.values():
+                same[:] = [(of, new if each is old else each) for of, each in same]
 
     def _compile(
         self,

@@ -103,48 +103,72 @@ def test_a_step_without_enough_memory_is_refused_with_the_optimizers_state():
         pipelined.train_step(optax.adam(1e-3)).init(params, batch)
 
 
+def table_loss(params, tokens):
+    x = params["table"][tokens]
+    for w in params["w"]:
+        x = x + jnp.tanh(x @ w)
+    return jnp.mean(x**2)
+
+
+def make_table():
+    """A large table that takes little time: beside its state there is room for few other layers."""
+    return {"table": jnp.ones((6 * 64, 64)) / 8, "w": [jnp.eye(64) / 8] * 6}
+
+
+TIGHT_BYTES = 4 * 4 * (6 + 5) * 64**2  # 11 of 12 matrices, with sums and two moments
+
+
+def make_tight_pipeline(strategy="best"):
+    spec = jaxptis.DeviceSpec(kind="a", flops_per_s=1e9, bytes_per_s=1e10, memory_bytes=TIGHT_BYTES)
+    return make_pipeline(table_loss, cluster=jaxptis.Cluster((spec, spec)), strategy=strategy)
+
+
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("gradient_first", [False, True])
 def test_best_leaves_memory_for_the_optimizers_state(gradient_first):
-    """A large table that takes little time: beside its state there is room for few other layers."""
-
-    def loss(params, tokens):
-        x = params["table"][tokens]
-        for w in params["w"]:
-            x = x + jnp.tanh(x @ w)
-        return jnp.mean(x**2)
-
-    params = {"table": jnp.ones((6 * 64, 64)) / 8, "w": [jnp.eye(64) / 8] * 6}
-    tokens = jnp.arange(128)
-    spec = jaxptis.DeviceSpec(
-        kind="a",
-        flops_per_s=1e9,
-        bytes_per_s=1e10,
-        memory_bytes=4 * 4 * (6 + 5) * 64**2,  # 11 of 12 matrices, with sums and two moments
-    )
-    cluster = jaxptis.Cluster((spec, spec))
-
-    def make(strategy="best"):
-        return make_pipeline(loss, cluster=cluster, strategy=strategy)
-
+    params, tokens, shorter = make_table(), jnp.arange(128), jnp.arange(64)
     optimizer = optax.adam(1e-2)
-    of_gradient = make().compile(params, tokens).plan
+    of_gradient = make_tight_pipeline().compile(params, tokens).plan
     with pytest.raises(ValueError, match=r"device \d needs .*, but has .* is optimizer state"):
-        make(of_gradient).train_step(optimizer).init(params, tokens)
+        make_tight_pipeline(of_gradient).train_step(optimizer).init(params, tokens)
 
-    pipelined = make()
+    pipelined = make_tight_pipeline()
     if gradient_first:
         pipelined.value_and_grad(params, tokens)
+        pipelined.value_and_grad(params, shorter)
         assert pipelined.plan == of_gradient
     step = pipelined.train_step(optimizer)
     state = step.init(params, tokens)
     state, metrics = step(state, tokens)
-    np.testing.assert_allclose(metrics["loss"], loss(params, tokens), rtol=1e-6)
-    assert all(x.peak_bytes <= spec.memory_bytes for x in pipelined.timeline.memory)
+    np.testing.assert_allclose(metrics["loss"], table_loss(params, tokens), rtol=1e-6)
+    assert all(x.peak_bytes <= TIGHT_BYTES for x in pipelined.timeline.memory)
     planned = pipelined.plan
     pipelined.value_and_grad(state.params, tokens)
     step.evaluate(state, tokens)
     assert pipelined.plan == planned != of_gradient
+    step(state, shorter)
+    assert pipelined.plan == planned
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_batch_that_does_not_fit_the_plan_of_the_state_is_refused():
+    params, tokens, longer = make_table(), jnp.arange(128), jnp.arange(256)
+    optimizer = optax.adam(1e-4)
+    first = make_tight_pipeline()
+    first.train_step(optimizer).init(params, longer)  # there is a plan that it does fit
+
+    step = (pipelined := make_tight_pipeline()).train_step(optimizer)
+    state, _ = step(step.init(params, tokens), tokens)
+    planned = pipelined.plan
+    assert planned != first.plan
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"device \d needs [\d,]+ bytes .*, but has [\d,]+; "):
+            step(state, longer)
+        wanted = table_loss(jax.device_get(state.params), tokens)
+        state, metrics = step(state, tokens)
+        # The same sums in another order.
+        np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-6)
+    assert pipelined.plan == planned
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap])
