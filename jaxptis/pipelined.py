@@ -73,7 +73,11 @@ class Pipelined:
         return TrainStep(self, optimizer)
 
     def compile(self, params: Any, batch: Any) -> "Pipelined":
-        """Plan and compile the gradient for arguments of these types, and return this object."""
+        """Plan and compile the gradient for arguments of these types, and return this object.
+
+        The plan leaves no memory for an optimizer's state: a training step may refuse it as a
+        strategy.
+        """
         self.shown = self._call(params, batch).compiled
         self.shown.stages()
         return self
