@@ -114,8 +114,8 @@ def main(argv: list[str]) -> None:
 def find_costs(console: Console) -> list[tuple[Costs, dict[str, dict[str, float]]]]:
     """Returns the costs of each of --head_slices.
 
-    If they are measured, with estimated over measured by kind and program; each kind is measured
-    once for all.
+    If they are measured, with estimated over measured by kind and program. A kind is measured once
+    for all where `number_together` sees that it is one; of Mamba and experts on a GPU, twice.
     """
     model = MODELS[MODEL.value]
     config = model.sizes[SIZE.value]
