@@ -10,7 +10,6 @@ What a layer takes may depend on what it reads, as that of experts does on how t
 So where the parameters and a batch are at hand, each layer reads what it does in a step.
 """
 
-import functools
 import math
 import os
 import statistics
@@ -24,6 +23,7 @@ import jax
 import numpy as np
 
 from jaxptis.cluster import kind_of
+from jaxptis.performance.calibrate import empty_program
 from jaxptis.performance.costs import Costs
 from jaxptis.performance.layer_costs import KindCost, Track, kinds_of, layer_costs, tied_params
 from passes import jaxprs
@@ -126,9 +126,7 @@ def _empty(kinds: Sequence[LayerKind], device: Any) -> Callable[[], Any]:
     programs = [program for kind in kinds for program in kind.programs.values()]
     num_inputs = statistics.median_high(len(program.reads) for program in programs)
     num_outputs = statistics.median_high(len(program.writes) for program in programs)
-    zeros = [jax.device_put(np.float32(0), device)] * num_inputs
-    empty = jax.jit(lambda *args: [args[0] + k for k in range(num_outputs)])
-    return functools.partial(empty.lower(*zeros).compile(), *zeros)
+    return empty_program(num_inputs, num_outputs, device)
 
 
 def _compile(program: StageProgram, device: Any) -> Any:

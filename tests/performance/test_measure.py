@@ -247,10 +247,16 @@ def test_rates_are_work_over_time(monkeypatch):
 
 def test_wider_matmuls_are_run_until_one_takes_long_enough(monkeypatch):
     """They take 1, 4 and 16 ms: the third is the last, and the best."""
-    seconds = iter([0.001, 0.004, 0.016, 1.0, 0.25])
-    monkeypatch.setattr(calibrating, "_best_s", lambda run: next(seconds))
+    seconds, results = iter([0.001, 0.004, 0.016, 1.0, 0.25]), []
+
+    def best_s(run):
+        results.append(run())
+        return next(seconds)
+
+    monkeypatch.setattr(calibrating, "_best_s", best_s)
     monkeypatch.setattr(calibrating, "_ARRAY_BYTES", 2**20)
     spec = calibrate(jax.devices()[0])
     assert spec.flops_per_s == 2 * 2048**3 / 0.016
     assert spec.bytes_per_s == 2 * 2**20
     assert spec.start_s == 0.25
+    assert len(results[-1]) > 1  # a program of many arrays is started, as those of layers are
