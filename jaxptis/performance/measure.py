@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -98,7 +98,8 @@ def measure_kinds(
         layers: what they run.
         device: one of `jax.local_devices()`.
         values: of all parameters and of a microbatch, by their operands; random arrays if empty.
-        track: goes through the layers; those of known kinds are quickly done.
+        track: goes through the programs, as they are compiled, then through the layers; those of
+            known kinds are quickly done.
         ready: called when all is compiled, before anything is timed; waits for other processes that
             measure at the same time.
 
@@ -156,7 +157,8 @@ def _prepare(
             for kind in kinds_of(layers)
         }
         # What is compiled for a GPU is tried on it, and cuDNN's attention cannot be run meanwhile.
-        wait([each for programs in compiling.values() for each in programs.values()])
+        for each in track([x for programs in compiling.values() for x in programs.values()]):
+            each.result()
         return _run_once(layers, compiling, values, device, track)
 
 

@@ -1,6 +1,7 @@
 """Costs from running the programs of layers; what the clock says is given, where it matters."""
 
 import itertools
+import threading
 from dataclasses import fields
 
 import jax
@@ -194,6 +195,34 @@ def test_layers_of_one_kind_are_compiled_and_run_once(compilations, quick):
     assert (
         len(compilations) == 1 + 3 + 5 + 5
     )  # the empty program, the first layer, a block, the head
+
+
+def test_nothing_runs_before_all_is_compiled(monkeypatch):
+    """But what is shown goes on: the last to be compiled waits for it."""
+    layers = small(num_blocks=1)
+    programs = [program for layer in layers for program in layer.kind.programs.values()]
+    compile_program, run_on = measuring._compile, measuring._Running.run_on
+    events, is_shown = [], threading.Event()
+
+    def compiling(program, device):
+        assert program is not programs[-1] or is_shown.wait(timeout=60)
+        compiled = compile_program(program, device)
+        events.append("compiled")
+        return compiled
+
+    def running(self, arguments):
+        events.append("run")
+        return run_on(self, arguments)
+
+    def track(items):
+        for item in items:
+            yield item
+            is_shown.set()
+
+    monkeypatch.setattr(measuring, "_compile", compiling)
+    monkeypatch.setattr(measuring._Running, "run_on", running)
+    measuring._prepare(layers, {}, jax.devices()[0], track)
+    assert events == ["compiled"] * len(programs) + ["run"] * len(programs)
 
 
 @pytest.mark.parametrize(("caches_bytes", "count"), [(2**40, 4), (1, 1)])
