@@ -26,6 +26,7 @@ from rich.table import Table
 
 from experiments.chosen_costs import DEVICE, OPTIMIZER, device_spec, make_optimizer
 from experiments.chosen_model import MODEL, SIZE
+from experiments.json_output import JSON_OUTPUT
 from experiments.model_layers import layers_of
 from experiments.refused import refused_plainly
 from experiments.sliced_costs import with_slices
@@ -58,7 +59,7 @@ BYTES = {
 }
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
-for flag in (MODEL, SIZE, DEVICE, OPTIMIZER):
+for flag in (MODEL, SIZE, DEVICE, OPTIMIZER, JSON_OUTPUT):
     flags.declare_key_flag(flag.name)  # which --help lists
 SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "Tokens predicted in each sequence.", lower_bound=1)
 MICROBATCH_SIZE = flags.DEFINE_integer(
@@ -76,14 +77,8 @@ SOURCE = flags.DEFINE_enum(
 HEAD_SLICES = flags.DEFINE_list(
     "head_slices", ["1"], "Into how many slices the head is cut, each beside the others."
 )
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the costs.")
 
 SETTINGS = (MODEL, SIZE, SEQ_LEN, MICROBATCH_SIZE, OPTIMIZER)
-
-
-@flags.validator("json_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
 @flags.multi_flags_validator(
