@@ -34,8 +34,13 @@ def this_run(program: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         "jax": jax.__version__,
         "num_processes": jax.process_count(),
         "num_cpus": os.cpu_count(),
-        "cpus_of_a_process": len(os.sched_getaffinity(0)),
+        "cpus_of_a_process": _cpus_of_this_process(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
         "command": f"python -m experiments.{program} {shlex.join(sys.argv[1:])}",
         "settings": dict(settings),
     }
+
+
+def _cpus_of_this_process() -> int | None:
+    """Returns how many it may run on: all, where the system cannot tell, as on macOS."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

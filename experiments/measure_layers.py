@@ -6,8 +6,8 @@ python -m experiments.measure_layers --size=7B --head_slices=1,2,4 --json_output
 
 Estimates are of a device that is named, or of the one that is here; they allocate nothing.
 Measured is the device that is here, on which the arrays of one kind of layer are at a time. The
-file is one that `jaxptis.pipeline(costs=...)` takes. Of a head in slices there is one more file,
-with the same costs of the layers before, such as llama2-7B-2-slices.json.
+file is one that `jaxptis.pipeline(costs=...)` takes. Each number of slices of the head has its own,
+with the same costs of the layers before; that of two slices is named llama2-7B-2-slices.json.
 """
 
 import dataclasses
@@ -26,7 +26,9 @@ from rich.table import Table
 
 from experiments.chosen_costs import DEVICE, OPTIMIZER, device_spec, make_optimizer
 from experiments.chosen_model import MODEL, SIZE
+from experiments.json_output import JSON_OUTPUT
 from experiments.model_layers import layers_of
+from experiments.refused import refused_plainly
 from experiments.sliced_costs import with_slices
 from experiments.wide_console import wide_console
 from jaxptis.performance.costs import Costs, LayerCost, TiedParams
@@ -57,7 +59,7 @@ BYTES = {
 }
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
-for flag in (MODEL, SIZE, DEVICE, OPTIMIZER):
+for flag in (MODEL, SIZE, DEVICE, OPTIMIZER, JSON_OUTPUT):
     flags.declare_key_flag(flag.name)  # which --help lists
 SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "Tokens predicted in each sequence.", lower_bound=1)
 MICROBATCH_SIZE = flags.DEFINE_integer(
@@ -75,14 +77,8 @@ SOURCE = flags.DEFINE_enum(
 HEAD_SLICES = flags.DEFINE_list(
     "head_slices", ["1"], "Into how many slices the head is cut, each beside the others."
 )
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File for the costs.")
 
 SETTINGS = (MODEL, SIZE, SEQ_LEN, MICROBATCH_SIZE, OPTIMIZER)
-
-
-@flags.validator("json_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
 @flags.multi_flags_validator(
@@ -94,7 +90,8 @@ def _is_here(values: dict[str, Any]) -> bool:
 
 @flags.validator("head_slices", "write counts of 1 or more, each once, as in 1,2,4")
 def _are_counts(texts: list[str]) -> bool:
-    return all(text.isdecimal() and int(text) for text in texts) and len(set(texts)) == len(texts)
+    are_counts = all(text.isdecimal() and int(text) for text in texts)
+    return bool(texts) and are_counts and len(set(texts)) == len(texts)
 
 
 def main(argv: list[str]) -> None:
@@ -102,7 +99,9 @@ def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"{argv[1:]} belong to no flag; write --flag=value")
     console = wide_console()
-    for costs, ratios in find_costs(console):
+    with refused_plainly():
+        found = find_costs(console)
+    for costs, ratios in found:
         report(costs, console)
         if ratios:
             report_ratios(ratios, console)
@@ -114,8 +113,8 @@ def main(argv: list[str]) -> None:
 def find_costs(console: Console) -> list[tuple[Costs, dict[str, dict[str, float]]]]:
     """Returns the costs of each of --head_slices.
 
-    If they are measured, with estimated over measured by kind and program; each kind is measured
-    once for all.
+    If they are measured, with estimated over measured by kind and program. A kind is measured once
+    for all where `number_together` sees that it is one; of Mamba and experts on a GPU, twice.
     """
     model = MODELS[MODEL.value]
     config = model.sizes[SIZE.value]
@@ -180,8 +179,10 @@ def compare(estimated: Costs, measured: Costs) -> dict[str, dict[str, float]]:
 
 def report(costs: Costs, console: Console) -> None:
     """Prints the times, then the bytes, of each kind of layer."""
+    count = costs.settings["head_slices"]
+    slices = f", the head in {count} slices" if count > 1 else ""
     console.print(
-        f"{len(costs.layers)} layers of {len(costs.kinds)} kinds, {costs.source} for "
+        f"{len(costs.layers)} layers of {len(costs.kinds)} kinds{slices}, {costs.source} for "
         f"{costs.device}; {costs.start_s * 1e6:.1f} us to start a task",
         soft_wrap=True,
     )

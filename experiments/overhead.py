@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.host_time import HostTime, measure_host_time
+from experiments.json_output import JSON_OUTPUT, this_run
 from experiments.one_device import NUM_STAGES, Comparison, compare, make_config
 from jaxptis.schedules import FAMILIES, names_family
 
@@ -47,7 +47,7 @@ NUM_MICROBATCHES = flags.DEFINE_integer("num_microbatches", 8, "Their microbatch
 NUM_STEPS = flags.DEFINE_integer(
     "num_steps", 20, "How many steps they take, of either kind.", lower_bound=2
 )
-JSON_OUTPUT = flags.DEFINE_string("json_output", None, "File to which the run is added.")
+flags.declare_key_flag("json_output")  # --help lists it
 
 SETTINGS = (
     NUM_DEVICES,
@@ -74,11 +74,6 @@ flags.register_validator(
 flags.register_validator(
     "model_widths", lambda values: _are_multiples(values, 8), "give multiples of 8"
 )
-
-
-@flags.validator("json_output", "its folder does not exist; create it first")
-def _has_folder(path: str | None) -> bool:
-    return path is None or pathlib.Path(path).absolute().parent.is_dir()
 
 
 def main(argv: list[str]) -> None:
@@ -175,11 +170,8 @@ def to_json(
 ) -> dict[str, Any]:
     """Returns the settings, by the names of their flags, and the figures."""
     return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "num_cpus": len(os.sched_getaffinity(0)),
+        **this_run("overhead", {flag.name: flag.value for flag in SETTINGS}),
         "load_average": os.getloadavg()[0],
-        "settings": {flag.name: flag.value for flag in SETTINGS},
         "pipeline_over_plain": [
             {
                 "model_width": int(width),

@@ -17,7 +17,8 @@ class DeviceSpec:
         bytes_per_s: peak of reading and writing its memory.
         memory_bytes: that it has; None if that sets no limit.
         speed: how fast it is beside the device that costs are of; 0.5 takes twice as long.
-        start_s: seconds that a program takes beside its work, to be started.
+        start_s: seconds that a program takes beside its work, to be started. Estimated costs take
+            that of the first device for all; measured costs, and those of a file, have their own.
 
     Raises:
         ValueError: a number is out of range.
@@ -50,9 +51,9 @@ class DeviceSpec:
             )
 
 
-_GPU_START_S = 340e-6
-"""Measured on an H200, for four models (experiments/results/costs). It is the host that starts
-programs, so other GPUs are taken to be alike."""
+_GPU_START_S = 270e-6
+"""Measured on an H200: the median of seven sizes of models (experiments/results/costs). It is the
+host that starts programs, so other GPUs are taken to be alike."""
 
 # NVIDIA's data sheet of each part: bfloat16 tensor core without sparsity, memory bandwidth, memory.
 # Where a sheet prints the figure with sparsity only, half of it. TPUs: the page of each version at

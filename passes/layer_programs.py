@@ -105,7 +105,11 @@ def layer_programs(graph: LayerGraph) -> tuple[LayerPrograms, ...]:
 
 
 def number_together(models: Sequence[Sequence[LayerPrograms]]) -> list[list[LayerPrograms]]:
-    """Return the layers of several models, whose equal kinds are one, with an index of its own."""
+    """Return the layers of several models, whose equal kinds are one, with an index of its own.
+
+    Kinds are equal if the text of their gradients is. Two traces of one layer may differ in it, as
+    those of Mamba and of experts did on a GPU: then there are two kinds where one would do.
+    """
     kinds: dict[Any, LayerKind] = {}
 
     def numbered(kind: LayerKind) -> LayerKind:

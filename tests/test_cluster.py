@@ -1,5 +1,6 @@
 import pathlib
 import re
+import statistics
 from dataclasses import dataclass
 from math import inf, nan
 
@@ -49,10 +50,9 @@ def test_every_memory_is_plausible(spec: DeviceSpec) -> None:
 
 def test_gpus_take_what_an_h200_was_measured_to_take_to_start_a_program() -> None:
     costs = pathlib.Path(__file__).parents[1] / "experiments/results/costs"
-    files = costs.glob("*-H200.json")
-    measured_s = [Costs.load(path).start_s for path in files]
-    assert len(measured_s) == 4
-    assert min(measured_s) < DEVICE_SPECS["NVIDIA H200"].start_s < max(measured_s)
+    median_s = statistics.median(Costs.load(path).start_s for path in costs.glob("*-H200.json"))
+    # It is written in hundredths of a millisecond.
+    assert DEVICE_SPECS["NVIDIA H200"].start_s == pytest.approx(median_s, abs=5e-6)
     started = {kind for kind, spec in DEVICE_SPECS.items() if spec.start_s}
     assert started == {kind for kind in DEVICE_SPECS if kind.startswith("NVIDIA")}
 

@@ -1,11 +1,13 @@
 """What a device can do, by three micro-benchmarks, where no data sheet is at hand."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxptis.cluster import DeviceSpec, kind_of
@@ -16,12 +18,13 @@ LONG_ENOUGH_S = 0.01
 
 _WIDTHS = (512, 1024, 2048, 4096, 8192, 16384)
 _ARRAY_BYTES = 2**28  # more than any cache
+_NUM_INPUTS, _NUM_OUTPUTS = 8, 5  # of half the programs of the layers of LLaMA-2, no more
 
 
 def calibrate(device: Any, dtype: DTypeLike = jnp.bfloat16) -> DeviceSpec:
     """Measure the rates of a device: of a matmul in `dtype`, and of a copy, the best of several.
 
-    And how long it takes to start a program, likewise.
+    And how long it takes to start a program with as many arrays as those of layers have, likewise.
 
     Args:
         device: one of `jax.local_devices()`.
@@ -66,10 +69,15 @@ def _bytes_per_s(device: Any) -> float:
 
 
 def _start_s(device: Any) -> float:
-    """Measure a program that does next to nothing."""
-    x = jax.device_put(jnp.zeros((), jnp.float32), device)
-    add = jax.jit(lambda x: x + 1)
-    return _best_s(lambda: add(x).block_until_ready())
+    run = empty_program(_NUM_INPUTS, _NUM_OUTPUTS, device)
+    return _best_s(lambda: jax.block_until_ready(run()))
+
+
+def empty_program(num_inputs: int, num_outputs: int, device: Any) -> Callable[[], list[jax.Array]]:
+    """Return a program that does next to nothing with so many arrays, and its arguments."""
+    zeros = [jax.device_put(np.float32(0), device)] * num_inputs
+    empty = jax.jit(lambda *args: [args[0] + k for k in range(num_outputs)])
+    return functools.partial(empty.lower(*zeros).compile(), *zeros)
 
 
 def _best_s(run: Callable[[], Any]) -> float:

@@ -14,7 +14,7 @@ from passes.split_backward import held_for_kept_bytes, held_for_weights
 from passes.stages import Operand, Role, StageProgram
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
-"""Goes through layers or kinds, and may show how far it is; `iter` shows nothing."""
+"""Goes through layers, kinds or programs, and may show how far it is; `iter` shows nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

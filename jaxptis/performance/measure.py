@@ -10,13 +10,12 @@ What a layer takes may depend on what it reads, as that of experts does on how t
 So where the parameters and a batch are at hand, each layer reads what it does in a step.
 """
 
-import functools
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +23,7 @@ import jax
 import numpy as np
 
 from jaxptis.cluster import kind_of
+from jaxptis.performance.calibrate import empty_program
 from jaxptis.performance.costs import Costs
 from jaxptis.performance.layer_costs import KindCost, Track, kinds_of, layer_costs, tied_params
 from passes import jaxprs
@@ -98,7 +98,8 @@ def measure_kinds(
         layers: what they run.
         device: one of `jax.local_devices()`.
         values: of all parameters and of a microbatch, by their operands; random arrays if empty.
-        track: goes through the layers; those of known kinds are quickly done.
+        track: goes through the programs, as they are compiled, then through the layers; those of
+            known kinds are quickly done.
         ready: called when all is compiled, before anything is timed; waits for other processes that
             measure at the same time.
 
@@ -126,9 +127,7 @@ def _empty(kinds: Sequence[LayerKind], device: Any) -> Callable[[], Any]:
     programs = [program for kind in kinds for program in kind.programs.values()]
     num_inputs = statistics.median_high(len(program.reads) for program in programs)
     num_outputs = statistics.median_high(len(program.writes) for program in programs)
-    zeros = [jax.device_put(np.float32(0), device)] * num_inputs
-    empty = jax.jit(lambda *args: [args[0] + k for k in range(num_outputs)])
-    return functools.partial(empty.lower(*zeros).compile(), *zeros)
+    return empty_program(num_inputs, num_outputs, device)
 
 
 def _compile(program: StageProgram, device: Any) -> Any:
@@ -158,7 +157,8 @@ def _prepare(
             for kind in kinds_of(layers)
         }
         # What is compiled for a GPU is tried on it, and cuDNN's attention cannot be run meanwhile.
-        wait([each for programs in compiling.values() for each in programs.values()])
+        for each in track([x for programs in compiling.values() for x in programs.values()]):
+            each.result()
         return _run_once(layers, compiling, values, device, track)
 
 

@@ -8,7 +8,7 @@ from tests.experiments.program import run_program
 @pytest.mark.parametrize(
     "program",
     [
-        *("compare", "gains", "inspect_hlo", "measure_layers", "plan", "plan_tables"),
+        *("compare", "gains", "inspect_hlo", "measure_layers", "overhead", "plan", "plan_tables"),
         *("plan_times", "show_plan", "slowed", "split_cost", "train", "uneven_devices"),
     ],
 )

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from jaxptis.performance import Costs
+from tests.experiments.program import assert_refused
 
 
 def measure_layers(*arguments):
@@ -59,6 +60,13 @@ def test_a_head_in_slices_stands_beside_the_whole_one(tmp_path):
     names = [layer.name for layer in (whole.layers[-1], *sliced.layers[-2:])]
     assert names == ["head", "head[:,0:128]", "head[:,128:256]"]
     assert (whole.settings["head_slices"], sliced.settings["head_slices"]) == (1, 2)
+    assert f"{len(whole.layers)} layers of {len(whole.kinds)} kinds, measured for cpu" in run.stdout
+    assert f"{len(sliced.kinds)} kinds, the head in 2 slices, measured" in run.stdout
+
+
+def test_more_slices_than_a_vocabulary_has_tokens():
+    run = measure_layers("--size=tiny", "--seq_len=16", "--head_slices=1,100000")
+    assert_refused(run, "100000")
 
 
 def test_the_largest_models_are_not_allocated(tmp_path):
@@ -85,6 +93,7 @@ def test_the_largest_models_are_not_allocated(tmp_path):
             "is the device that is here; drop --device",
         ),
         ("--device=Abacus", "NVIDIA H200"),
+        ("--head_slices=", "write counts of 1 or more, each once, as in 1,2,4"),
         ("--head_slices=1,0", "write counts of 1 or more, each once, as in 1,2,4"),
         ("tiny", "belong to no flag"),
     ],

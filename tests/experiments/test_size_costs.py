@@ -20,6 +20,7 @@ def test_memory_is_of_float32_parameters_gradients_and_two_moments(family, size,
     costs = size_costs(family, size, head_slices)
     assert costs.source == ("estimated" if size == "V3" else "measured")
     assert costs.device == DEVICE.kind
+    assert costs.start_s > 0  # else small stages would seem free
     assert costs.settings["head_slices"] == head_slices
     assert (costs.settings["seq_len"], costs.settings["dtype"]) == (4096, "bfloat16")
     owners = *costs.layers, *costs.tied

@@ -1,6 +1,7 @@
 """Costs from running the programs of layers; what the clock says is given, where it matters."""
 
 import itertools
+import threading
 from dataclasses import fields
 
 import jax
@@ -196,6 +197,34 @@ def test_layers_of_one_kind_are_compiled_and_run_once(compilations, quick):
     )  # the empty program, the first layer, a block, the head
 
 
+def test_nothing_runs_before_all_is_compiled(monkeypatch):
+    """But what is shown goes on: the last to be compiled waits for it."""
+    layers = small(num_blocks=1)
+    programs = [program for layer in layers for program in layer.kind.programs.values()]
+    compile_program, run_on = measuring._compile, measuring._Running.run_on
+    events, is_shown = [], threading.Event()
+
+    def compiling(program, device):
+        assert program is not programs[-1] or is_shown.wait(timeout=60)
+        compiled = compile_program(program, device)
+        events.append("compiled")
+        return compiled
+
+    def running(self, arguments):
+        events.append("run")
+        return run_on(self, arguments)
+
+    def track(items):
+        for item in items:
+            yield item
+            is_shown.set()
+
+    monkeypatch.setattr(measuring, "_compile", compiling)
+    monkeypatch.setattr(measuring._Running, "run_on", running)
+    measuring._prepare(layers, {}, jax.devices()[0], track)
+    assert events == ["compiled"] * len(programs) + ["run"] * len(programs)
+
+
 @pytest.mark.parametrize(("caches_bytes", "count"), [(2**40, 4), (1, 1)])
 def test_as_many_layers_of_a_kind_as_caches_may_not_hold(monkeypatch, caches_bytes, count):
     """Of four blocks; forwards begin with the first, all others with the one after it."""
@@ -247,10 +276,16 @@ def test_rates_are_work_over_time(monkeypatch):
 
 def test_wider_matmuls_are_run_until_one_takes_long_enough(monkeypatch):
     """They take 1, 4 and 16 ms: the third is the last, and the best."""
-    seconds = iter([0.001, 0.004, 0.016, 1.0, 0.25])
-    monkeypatch.setattr(calibrating, "_best_s", lambda run: next(seconds))
+    seconds, results = iter([0.001, 0.004, 0.016, 1.0, 0.25]), []
+
+    def best_s(run):
+        results.append(run())
+        return next(seconds)
+
+    monkeypatch.setattr(calibrating, "_best_s", best_s)
     monkeypatch.setattr(calibrating, "_ARRAY_BYTES", 2**20)
     spec = calibrate(jax.devices()[0])
     assert spec.flops_per_s == 2 * 2048**3 / 0.016
     assert spec.bytes_per_s == 2 * 2**20
     assert spec.start_s == 0.25
+    assert len(results[-1]) > 1  # a program of many arrays is started, as those of layers are
