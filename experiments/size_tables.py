@@ -1,6 +1,7 @@
 """Plans the published sizes of all families for GPUs with 80 GB, by every strategy.
 
-python -m experiments.size_tables --json_output=experiments/results/size_tables.json
+python -m experiments.size_tables --time_limit_s=4 \
+    --json_output=experiments/results/size_tables.json
 
 Costs are of an H200 in bfloat16, for microbatches of a sequence of 4096 tokens; see size_costs.
 Best plans with the head whole, in two slices and in four, each of which was measured; others have
