@@ -1,6 +1,7 @@
 """What it is worth to plan for devices of the speeds that they have.
 
-python -m experiments.uneven_devices --json_output=experiments/results/uneven_devices.json
+python -m experiments.uneven_devices --time_limit_s=2 \
+    --json_output=experiments/results/uneven_devices.json
 
 All strategies plan models whose layer times the authors of AdaPtis published, as if devices were
 equal; best, `adaptis` and `mist` also for the speeds that they have. Links are free. Ratios are the
