@@ -60,6 +60,16 @@ JSON_OUTPUT = flags.DEFINE_string(
 Json = dict[str, Any]
 
 
+@flags.validator("models", f"give some of {', '.join(ALL_MODELS)}")
+def _are_models(values: list[str]) -> bool:
+    return bool(values) and set(values) <= set(ALL_MODELS)
+
+
+@flags.validator("num_devices", "give whole numbers of 1 or more, with commas between")
+def _are_counts(values: list[str]) -> bool:
+    return bool(values) and all(value.isdecimal() and int(value) > 0 for value in values)
+
+
 @flags.validator("json_output", "its folder does not exist; create it first")
 def _has_folder(path: str | None) -> bool:
     return path is None or Path(path).absolute().parent.is_dir()

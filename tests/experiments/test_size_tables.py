@@ -96,3 +96,17 @@ def test_rows_of_the_same_settings_are_kept(table):
     run = size_tables(*arguments, "--time_limit_s=0.2")
     assert run.returncode == 1
     assert "was written with other settings" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--models=gemma", "give some of gemma:7B"),
+        ("--num_devices=8,x", "give whole numbers of 1 or more"),
+        ("--num_devices=0", "give whole numbers of 1 or more"),
+    ],
+)
+def test_flags_that_name_nothing(flag, says):
+    run = size_tables(flag)
+    assert run.returncode == 1
+    assert says in run.stderr and "Traceback" not in run.stderr
