@@ -189,14 +189,20 @@ def _other_window(window: int, num_microbatches: int) -> int:
 
 @compiled
 def _other_rule(rule: Rule) -> Rule:
-    alternate, forward_order, backward_order, patience = rule
-    kind = np.random.randint(0, 4)
+    alternate, forward_order, backward_order, patience, stretch = rule
+    kind = np.random.randint(0, 7)
     if kind == 0:
         alternate = not alternate
     elif kind == 1:
         forward_order = np.random.randint(0, 3)
     elif kind == 2:
         backward_order = np.random.randint(0, 3)
-    else:
+    elif kind == 3:
         patience = 0.25 * np.random.randint(0, 4)
-    return Rule(alternate, forward_order, backward_order, patience)
+    elif kind == 4:
+        stretch = 0.0
+    elif stretch == 0.0:
+        stretch = 4.0 * np.random.random()
+    else:
+        stretch *= np.exp(0.3 * np.random.randn())
+    return Rule(alternate, forward_order, backward_order, patience, stretch)

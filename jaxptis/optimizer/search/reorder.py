@@ -67,7 +67,7 @@ def _tries(plan: Plan, costs: Costs, cluster: Cluster) -> Iterator[tuple[Stages,
     wholes = [~may_split, may_join] if (may_split & may_join).any() else [may_join]
     orders = OLDEST, DEEPEST, SHALLOWEST
     patiences = 0.0, 0.25, 0.5, 0.75
-    rules = [Rule(*each) for each in product((True, False), orders, orders, patiences)]
+    rules = [Rule(*each, 0.0) for each in product((True, False), orders, orders, patiences)]
     windows = [window_of(plan), np.full(S, M), np.minimum(M, np.arange(S, 0, -1))]
     fixed = [*product(rules, windows, wholes)]
     for rule, window, whole in fixed:

@@ -46,7 +46,7 @@ def sample(
     no_order = np.empty((0, 3), np.int64)
     work_s = problem.seconds[:, F] + problem.seconds[:, B]
     kept = np.zeros((num_kept, L, NUM_COLUMNS), np.int64)
-    rules = np.zeros((num_kept, 4))
+    rules = np.zeros((num_kept, 5))
     steps_s = np.full(num_kept, np.inf)
     layers = np.zeros((L, NUM_COLUMNS), np.int64)
     layers[:, WINDOW] = M
@@ -64,6 +64,7 @@ def sample(
             np.random.randint(0, 3),
             np.random.randint(0, 3),
             0.25 * np.random.randint(0, 4),
+            4.0 * np.random.random() if np.random.random() < 0.5 else 0.0,
         )
         worst = np.argmax(steps_s)
         if least_s(problem, layers, ends_s) > steps_s[worst]:
@@ -76,6 +77,7 @@ def sample(
             rules[worst, 1] = rule.forward_order
             rules[worst, 2] = rule.backward_order
             rules[worst, 3] = rule.patience
+            rules[worst, 4] = rule.stretch
     return kept, rules, steps_s
 
 

@@ -102,8 +102,8 @@ def _drawn(problem: Problem, num_tasks: int, max_stages: int, seed: int) -> list
     )
 
 
-def _rule(alternate: float, forward_order: float, backward_order: float, patience: float) -> Rule:
-    return Rule(bool(alternate), int(forward_order), int(backward_order), float(patience))
+def _rule(alternate: float, forward_order: float, backward_order: float, patience: float, stretch: float) -> Rule:
+    return Rule(bool(alternate), int(forward_order), int(backward_order), float(patience), float(stretch))
 
 
 def _distinct(found: Sequence[Found]) -> list[Found]:

@@ -25,9 +25,9 @@ from jaxptis.optimizer.steps.problem import AGAIN, SAVED, Problem
 from jaxptis.plan import Plan
 
 _RULES = [
-    Rule(alternate, forward_order, OLDEST, 0.0)
+    Rule(alternate, forward_order, OLDEST, 0.0, 0.0)
     for alternate, forward_order in product((True, False), (OLDEST, DEEPEST, SHALLOWEST))
-]
+] + [Rule(True, OLDEST, OLDEST, 0.0, x) for x in (0.5, 1.0, 1.5, 2.0, 3.0)]
 _NO_ORDER = np.empty((0, 3), np.int64)
 
 

@@ -36,6 +36,7 @@ class Rule(NamedTuple):
     forward_order: int
     backward_order: int
     patience: float
+    stretch: float = 0.0
 
 
 class Stages(NamedTuple):
@@ -64,11 +65,9 @@ class Stages(NamedTuple):
 
 
 @compiled
-def _first_time(
-    d: int, now_s: float, stages: Stages, on: np.ndarray, count: np.ndarray, state: tuple
-) -> float:
+def _first_time(d: int, now_s: float, stages: Stages, state: tuple) -> float:
     """Return when device d can start something: never earlier than it is free."""
-    done, arrival_s, held, memory, num_microbatches = state
+    on, count, done, arrival_s, oldest, spare, num_microbatches = state
     first_s = np.inf
     for k in range(count[d]):
         s = on[d, k]
@@ -82,7 +81,7 @@ def _first_time(
             m < num_microbatches
             and arrival_s[s, 0, m] < first_s
             and m - done[s, B] < stages.window[s]
-            and held[d] + stages.room[s] + stages.later[s] <= memory[d]
+            and (0.0 if m == oldest[d] else stages.room[s]) <= spare[d]
         ):
             first_s = arrival_s[s, 0, m]
     return max(first_s, now_s)
@@ -110,16 +109,18 @@ def list_step_s(
         order: [N, 3] filled with stage, kind and microbatch of all tasks, in the order in which
             they start, if it has room for them.
     """
-    home, seconds = stages.home, stages.seconds
+    home, seconds, room = stages.home, stages.seconds, stages.room
     num_stages, num_devices, M = len(home), len(memory), num_microbatches
     on = np.empty((num_devices, num_stages), np.int64)
     count = np.zeros(num_devices, np.int64)
     left_s = np.zeros(num_devices)
+    spare = memory.copy()
     num_left = 0
     for s in range(num_stages):
         d = home[s]
         on[d, count[d]] = s
         count[d] += 1
+        spare[d] -= room[s]
         if stages.whole[s]:
             left_s[d] += M * (seconds[s, F] + seconds[s, B])
             num_left += 2 * M
@@ -127,18 +128,30 @@ def list_step_s(
             left_s[d] += M * (seconds[s, F] + seconds[s, I] + seconds[s, W])
             num_left += 3 * M
     for d in range(num_devices):
-        if left_s[d] > limit_s:
+        if left_s[d] > limit_s or spare[d] < 0.0:
             return np.inf, 0
+    keyed = rule.stretch > 0.0
+    due_s = np.empty((num_stages, 2))
+    pace_s = np.max(left_s) / M
+    if keyed:
+        at_s = 0.0
+        for s in range(num_stages):
+            due_s[s, 0] = at_s
+            at_s += rule.stretch * (seconds[s, F] + stages.lag_s[s, 0])
+        for s in range(num_stages - 1, -1, -1):
+            due_s[s, 1] = at_s
+            at_s += rule.stretch * (
+                (seconds[s, B] if stages.whole[s] else seconds[s, I]) + stages.lag_s[s, 1]
+            )
     done = np.zeros((num_stages, 4), np.int64)  # B counts backwards, whole or split
     arrival_s = np.full((num_stages, 2, M), np.inf)
     arrival_s[0, 0, :] = 0.0
-    held = np.zeros(num_devices)
+    oldest = np.zeros(num_devices, np.int64)
     free_s = np.zeros(num_devices)
-    next_s = np.zeros(num_devices)
+    next_s = np.full(num_devices, np.inf)
+    next_s[home[0]] = 0.0
     was_backward = np.zeros(num_devices, np.bool_)
-    state = (done, arrival_s, held, memory, M)
-    for d in range(num_devices):
-        next_s[d] = _first_time(d, 0.0, stages, on, count, state)
+    state = (on, count, done, arrival_s, oldest, spare, M)
     records = len(order) >= num_left
     forward_order, backward_order = rule.forward_order, rule.backward_order
     position = 0
@@ -154,26 +167,36 @@ def list_step_s(
         forward, backward, weight = -1, -1, -1
         crowded = False  # a forward waits for memory
         soon_s = np.inf
+        forward_due_s = backward_due_s = blocked_due_s = np.inf
         for k in range(count[d]):
             s = on[d, k]
             if weight < 0 and done[s, W] < done[s, I]:
                 weight = s
             m = done[s, B]
-            if m < M and arrival_s[s, 1, m] <= now_s:
-                if backward < 0 or _goes_first(s, m, backward, done[backward, B], backward_order):
+            if m < M:
+                if arrival_s[s, 1, m] > now_s:
+                    soon_s = min(soon_s, arrival_s[s, 1, m])
+                elif keyed:
+                    if due_s[s, 1] + m * pace_s < backward_due_s:
+                        backward, backward_due_s = s, due_s[s, 1] + m * pace_s
+                elif backward < 0 or _goes_first(s, m, backward, done[backward, B], backward_order):
                     backward = s
-            elif m < M:
-                soon_s = min(soon_s, arrival_s[s, 1, m])
             m = done[s, F]
             if m < M and m - done[s, B] < stages.window[s]:
-                if held[d] + stages.room[s] + stages.later[s] > memory[d]:
-                    crowded = crowded or arrival_s[s, 0, m] <= now_s
-                elif arrival_s[s, 0, m] <= now_s:
-                    if forward < 0 or _goes_first(s, m, forward, done[forward, F], forward_order):
-                        forward = s
-                else:
+                if (0.0 if m == oldest[d] else room[s]) > spare[d]:
+                    if arrival_s[s, 0, m] <= now_s:
+                        crowded = True
+                        blocked_due_s = min(blocked_due_s, due_s[s, 0] + m * pace_s)
+                elif arrival_s[s, 0, m] > now_s:
                     soon_s = min(soon_s, arrival_s[s, 0, m])
+                elif keyed:
+                    if due_s[s, 0] + m * pace_s < forward_due_s:
+                        forward, forward_due_s = s, due_s[s, 0] + m * pace_s
+                elif forward < 0 or _goes_first(s, m, forward, done[forward, F], forward_order):
+                    forward = s
         turn = was_backward[d] and rule.alternate
+        if keyed:
+            turn = min(forward_due_s, blocked_due_s) < backward_due_s
         if forward >= 0 and (turn or backward < 0):
             s, kind = forward, F
         elif weight >= 0 and (backward < 0 or (turn and crowded)):
@@ -191,33 +214,46 @@ def list_step_s(
         end_s = now_s + seconds[s, kind]
         free_s[d] = end_s
         left_s[d] -= seconds[s, kind]
-        other = -1
+        to = s
         if kind == F:
             done[s, F] += 1
-            held[d] += stages.room[s]
             was_backward[d] = False
+            if m != oldest[d]:
+                spare[d] -= room[s]
             if s + 1 < num_stages:
-                other = home[s + 1]
-                arrival_s[s + 1, 0, m] = end_s + stages.lag_s[s, 0]
+                to = s + 1
+                arrival_s[to, 0, m] = end_s + stages.lag_s[s, 0]
             else:
                 arrival_s[s, 1, m] = end_s
         elif kind == W:
             done[s, W] += 1
-            held[d] -= stages.kept[s]
+            spare[d] += stages.kept[s]
         else:
             done[s, B] += 1
             was_backward[d] = True
+            spare[d] += room[s]
             if kind == I:
                 done[s, I] += 1
-                held[d] -= stages.room[s] - stages.kept[s]
-            else:
-                held[d] -= stages.room[s]
+                spare[d] -= stages.kept[s]
+            if s == on[d, 0]:  # the next microbatch is the oldest: room is kept for all of it
+                oldest[d] += 1
+                for k in range(count[d]):
+                    if done[on[d, k], F] <= oldest[d]:
+                        spare[d] -= room[on[d, k]]
             if s:
-                other = home[s - 1]
-                arrival_s[s - 1, 1, m] = end_s + stages.lag_s[s, 1]
-        next_s[d] = _first_time(d, end_s, stages, on, count, state)
-        if other >= 0 and other != d:
-            next_s[other] = _first_time(other, free_s[other], stages, on, count, state)
+                to = s - 1
+                arrival_s[to, 1, m] = end_s + stages.lag_s[s, 1]
+        next_s[d] = _first_time(d, end_s, stages, state)
+        if to != s and home[to] != d:
+            other = home[to]
+            if kind != F:
+                startable = m == done[to, B]
+            else:
+                startable = m == done[to, F] and m - done[to, B] < stages.window[to]
+                startable = startable and (0.0 if m == oldest[other] else room[to]) <= spare[other]
+            if startable:
+                arrival = arrival_s[to, 0 if kind == F else 1, m]
+                next_s[other] = min(next_s[other], max(arrival, free_s[other]))
     step_s = 0.0
     for d in range(num_devices):
         step_s = max(step_s, free_s[d])
