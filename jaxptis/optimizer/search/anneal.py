@@ -18,7 +18,7 @@ from jaxptis.optimizer.steps.candidate import (
     make_stages,
     stage_around,
 )
-from jaxptis.optimizer.steps.list_kernel import Rule, list_step_s
+from jaxptis.optimizer.steps.list_kernel import MOST_STRETCHED, Rule, list_step_s
 from jaxptis.optimizer.steps.problem import Problem
 
 _COLD = 0.05  # of the heat is left at the end
@@ -202,7 +202,7 @@ def _other_rule(rule: Rule) -> Rule:
     elif kind == 4:
         stretch = 0.0
     elif stretch == 0.0:
-        stretch = 4.0 * np.random.random()
+        stretch = MOST_STRETCHED * np.random.random()
     else:
         stretch *= np.exp(0.3 * np.random.randn())
     return Rule(alternate, forward_order, backward_order, patience, stretch)

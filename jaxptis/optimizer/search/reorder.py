@@ -68,6 +68,7 @@ def _tries(plan: Plan, costs: Costs, cluster: Cluster) -> Iterator[tuple[Stages,
     orders = OLDEST, DEEPEST, SHALLOWEST
     patiences = 0.0, 0.25, 0.5, 0.75
     rules = [Rule(*each, 0.0) for each in product((True, False), orders, orders, patiences)]
+    rules += [Rule(True, OLDEST, OLDEST, *each) for each in product(patiences, (1.0, 2.0, 3.0))]
     windows = [window_of(plan), np.full(S, M), np.minimum(M, np.arange(S, 0, -1))]
     fixed = [*product(rules, windows, wholes)]
     for rule, window, whole in fixed:
@@ -104,7 +105,6 @@ def _stages(plan: Plan, costs: Costs, cluster: Cluster) -> Stages:
         lag_s=lag_s,
         room=np.zeros(S),
         kept=np.zeros(S),
-        later=np.zeros(S),
         window=np.full(S, plan.num_microbatches),
         whole=np.zeros(S, np.bool_),
     )

@@ -14,7 +14,7 @@ from jaxptis.optimizer.steps.candidate import (
     Candidate,
     least_s,
 )
-from jaxptis.optimizer.steps.list_kernel import Rule
+from jaxptis.optimizer.steps.list_kernel import MOST_STRETCHED, Rule
 from jaxptis.optimizer.steps.problem import B, F, Problem
 
 LOOPS, ZIGZAG, SHUFFLED, NUM_PLACEMENTS = range(4)
@@ -38,7 +38,7 @@ def sample(
         seed: of what is drawn.
 
     Returns:
-        [num_kept, L, NUM_COLUMNS] layers, [num_kept, 4] rules, and [num_kept] seconds, infinite
+        [num_kept, L, NUM_COLUMNS] layers, [num_kept, 5] rules, and [num_kept] seconds, infinite
         where fewer were found.
     """
     np.random.seed(seed)
@@ -64,7 +64,7 @@ def sample(
             np.random.randint(0, 3),
             np.random.randint(0, 3),
             0.25 * np.random.randint(0, 4),
-            4.0 * np.random.random() if np.random.random() < 0.5 else 0.0,
+            MOST_STRETCHED * np.random.random() * np.random.randint(0, 2),
         )
         worst = np.argmax(steps_s)
         if least_s(problem, layers, ends_s) > steps_s[worst]:

@@ -95,15 +95,17 @@ def _drawn(problem: Problem, num_tasks: int, max_stages: int, seed: int) -> list
     drawn = sample(problem, num, max_stages, _ROUNDS[0][0], seed)
     return _distinct(
         [
-            Found(float(step_s), Candidate(layers, _rule(*rule)))
+            Found(float(step_s), Candidate(layers, _rule(*rule.tolist())))
             for layers, rule, step_s in zip(*drawn, strict=True)
             if step_s < float("inf")
         ]
     )
 
 
-def _rule(alternate: float, forward_order: float, backward_order: float, patience: float, stretch: float) -> Rule:
-    return Rule(bool(alternate), int(forward_order), int(backward_order), float(patience), float(stretch))
+def _rule(
+    alternate: float, forward_order: float, backward_order: float, patience: float, stretch: float
+) -> Rule:
+    return Rule(bool(alternate), int(forward_order), int(backward_order), patience, stretch)
 
 
 def _distinct(found: Sequence[Found]) -> list[Found]:

@@ -27,7 +27,7 @@ from jaxptis.plan import Plan
 _RULES = [
     Rule(alternate, forward_order, OLDEST, 0.0, 0.0)
     for alternate, forward_order in product((True, False), (OLDEST, DEEPEST, SHALLOWEST))
-] + [Rule(True, OLDEST, OLDEST, 0.0, x) for x in (0.5, 1.0, 1.5, 2.0, 3.0)]
+] + [Rule(True, OLDEST, OLDEST, 0.0, stretch) for stretch in (1.0, 2.0, 3.0)]
 _NO_ORDER = np.empty((0, 3), np.int64)
 
 

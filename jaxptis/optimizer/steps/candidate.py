@@ -113,7 +113,6 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
     lag_s = np.zeros((num_stages, 2))
     room = np.empty(num_stages)
     kept = np.empty(num_stages)
-    later = np.zeros(num_stages)
     window = np.empty(num_stages, np.int64)
     whole = np.empty(num_stages, np.bool_)
     memory = problem.memory.copy()
@@ -150,12 +149,7 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
             lag_s[s + 1, 1] = problem.latency_s[other, d] + crossing * problem.byte_s[other, d]
     memory -= most
     _share(problem, layers, memory)
-    for s in range(num_stages - 1, -1, -1):
-        for other in range(s + 1, num_stages):
-            if home[other] == home[s]:
-                later[s] = room[other] + later[other]
-                break
-    return Stages(home, seconds, lag_s, room, kept, later, window, whole), memory
+    return Stages(home, seconds, lag_s, room, kept, window, whole), memory
 
 
 @compiled

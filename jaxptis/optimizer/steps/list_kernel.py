@@ -4,9 +4,10 @@ The device that can start something first is looked at next. What it could start
 then, and what others start later arrives later: so no decision comes too early. A stage takes its
 microbatches in order; so all that must be known of it is which come next, and when they arrive.
 
-A forward starts only if its device has room, after it, for the same microbatch in all later stages
-that it has. Of the microbatches on their way forward the one that has gone furthest so finds room
-once those on their way back are done: no rule leads into a deadlock.
+A device keeps room for what the oldest microbatch that it is not done with still needs there; a
+forward of another starts only if there is room beside it. So the oldest of all can always go on,
+and once a device is done with it, what it held is room enough for the next: no rule leads into a
+deadlock.
 """
 
 from typing import NamedTuple
@@ -19,6 +20,8 @@ F, B, I, W = range(4)  # noqa: E741
 OLDEST, DEEPEST, SHALLOWEST = range(3)
 """Which of several stages goes first: that of the oldest microbatch, the last one, the first."""
 
+MOST_STRETCHED = 4.0  # of a rule that is drawn
+
 
 class Rule(NamedTuple):
     """What a device that is free starts, of what it can.
@@ -30,6 +33,10 @@ class Rule(NamedTuple):
         backward_order: likewise.
         patience: a weight gradient is not started if something else arrives within this fraction
             of it.
+        stretch: if above 0, the task that is due first goes first, forward or backward, whatever
+            the others say. The first microbatch is due in each stage, on its way there and back, so
+            many times as late as it could be there; the next as much later as the busiest device
+            takes for one.
     """
 
     alternate: bool
@@ -49,7 +56,6 @@ class Stages(NamedTuple):
             the one before.
         room: [S] bytes that a microbatch has from its forward to its backward.
         kept: [S] bytes of these that it has from I to W.
-        later: [S] bytes that later stages of the device need of it.
         window: [S] the most microbatches between forward and backward.
         whole: [S] whether backwards are whole.
     """
@@ -59,7 +65,6 @@ class Stages(NamedTuple):
     lag_s: np.ndarray
     room: np.ndarray
     kept: np.ndarray
-    later: np.ndarray
     window: np.ndarray
     whole: np.ndarray
 
@@ -115,9 +120,17 @@ def list_step_s(
     count = np.zeros(num_devices, np.int64)
     left_s = np.zeros(num_devices)
     spare = memory.copy()
+    # What a device has to do before its last input gradient, and what follows on others then.
+    path_s = np.zeros(num_devices)
+    tail_s = 0.0
     num_left = 0
     for s in range(num_stages):
         d = home[s]
+        if count[d] == 0:
+            path_s[d] = tail_s
+        back_s = seconds[s, B if stages.whole[s] else I]
+        tail_s += back_s + stages.lag_s[s, 1]
+        path_s[d] += M * (seconds[s, F] + back_s)
         on[d, count[d]] = s
         count[d] += 1
         spare[d] -= room[s]
@@ -128,21 +141,9 @@ def list_step_s(
             left_s[d] += M * (seconds[s, F] + seconds[s, I] + seconds[s, W])
             num_left += 3 * M
     for d in range(num_devices):
-        if left_s[d] > limit_s or spare[d] < 0.0:
+        if max(left_s[d], path_s[d]) > limit_s or spare[d] < 0.0:
             return np.inf, 0
-    keyed = rule.stretch > 0.0
-    due_s = np.empty((num_stages, 2))
-    pace_s = np.max(left_s) / M
-    if keyed:
-        at_s = 0.0
-        for s in range(num_stages):
-            due_s[s, 0] = at_s
-            at_s += rule.stretch * (seconds[s, F] + stages.lag_s[s, 0])
-        for s in range(num_stages - 1, -1, -1):
-            due_s[s, 1] = at_s
-            at_s += rule.stretch * (
-                (seconds[s, B] if stages.whole[s] else seconds[s, I]) + stages.lag_s[s, 1]
-            )
+    due_s, pace_s = _due_s(stages, rule.stretch), np.max(left_s) / M
     done = np.zeros((num_stages, 4), np.int64)  # B counts backwards, whole or split
     arrival_s = np.full((num_stages, 2, M), np.inf)
     arrival_s[0, 0, :] = 0.0
@@ -161,7 +162,7 @@ def list_step_s(
             if next_s[other] < next_s[d]:
                 d = other
         now_s = next_s[d]
-        if now_s + left_s[d] > limit_s * (1 + 1e-12) or now_s == np.inf:
+        if now_s + max(left_s[d], path_s[d]) > limit_s * (1 + 1e-12) or now_s == np.inf:
             return np.inf, position
         # What could start now, and what goes first of it.
         forward, backward, weight = -1, -1, -1
@@ -176,7 +177,7 @@ def list_step_s(
             if m < M:
                 if arrival_s[s, 1, m] > now_s:
                     soon_s = min(soon_s, arrival_s[s, 1, m])
-                elif keyed:
+                elif rule.stretch:
                     if due_s[s, 1] + m * pace_s < backward_due_s:
                         backward, backward_due_s = s, due_s[s, 1] + m * pace_s
                 elif backward < 0 or _goes_first(s, m, backward, done[backward, B], backward_order):
@@ -189,13 +190,13 @@ def list_step_s(
                         blocked_due_s = min(blocked_due_s, due_s[s, 0] + m * pace_s)
                 elif arrival_s[s, 0, m] > now_s:
                     soon_s = min(soon_s, arrival_s[s, 0, m])
-                elif keyed:
+                elif rule.stretch:
                     if due_s[s, 0] + m * pace_s < forward_due_s:
                         forward, forward_due_s = s, due_s[s, 0] + m * pace_s
                 elif forward < 0 or _goes_first(s, m, forward, done[forward, F], forward_order):
                     forward = s
         turn = was_backward[d] and rule.alternate
-        if keyed:
+        if rule.stretch:
             turn = min(forward_due_s, blocked_due_s) < backward_due_s
         if forward >= 0 and (turn or backward < 0):
             s, kind = forward, F
@@ -214,6 +215,8 @@ def list_step_s(
         end_s = now_s + seconds[s, kind]
         free_s[d] = end_s
         left_s[d] -= seconds[s, kind]
+        if kind != W:
+            path_s[d] -= seconds[s, kind]
         to = s
         if kind == F:
             done[s, F] += 1
@@ -237,6 +240,8 @@ def list_step_s(
                 spare[d] -= stages.kept[s]
             if s == on[d, 0]:  # the next microbatch is the oldest: room is kept for all of it
                 oldest[d] += 1
+                if oldest[d] == M:
+                    path_s[d] = 0.0
                 for k in range(count[d]):
                     if done[on[d, k], F] <= oldest[d]:
                         spare[d] -= room[on[d, k]]
@@ -250,7 +255,8 @@ def list_step_s(
                 startable = m == done[to, B]
             else:
                 startable = m == done[to, F] and m - done[to, B] < stages.window[to]
-                startable = startable and (0.0 if m == oldest[other] else room[to]) <= spare[other]
+                needed = 0.0 if m == oldest[other] else room[to]
+                startable = startable and needed <= spare[other]
             if startable:
                 arrival = arrival_s[to, 0 if kind == F else 1, m]
                 next_s[other] = min(next_s[other], max(arrival, free_s[other]))
@@ -258,6 +264,21 @@ def list_step_s(
     for d in range(num_devices):
         step_s = max(step_s, free_s[d])
     return step_s, position
+
+
+@compiled
+def _due_s(stages: Stages, stretch: float) -> np.ndarray:
+    """Return [S, 2] when forwards and backwards of the first microbatch are due."""
+    due_s = np.empty((len(stages.home), 2))
+    at_s = 0.0
+    for s in range(len(stages.home)):
+        due_s[s, 0] = at_s
+        at_s += stretch * (stages.seconds[s, F] + stages.lag_s[s, 0])
+    for s in range(len(stages.home) - 1, -1, -1):
+        due_s[s, 1] = at_s
+        back_s = stages.seconds[s, B if stages.whole[s] else I]
+        at_s += stretch * (back_s + stages.lag_s[s, 1])
+    return due_s
 
 
 @compiled

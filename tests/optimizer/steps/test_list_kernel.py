@@ -59,7 +59,8 @@ def _case(seed: int, *, memory_bytes: int | None = None) -> tuple[Costs, Cluster
     layers[:, WINDOW] = random.choices(range(1, num_microbatches + 1), k=num_layers)
     for column in CUT, WHOLE, RECOMPUTE:
         layers[:, column] = random.choices([0, 1], k=num_layers)
-    rule = Rule(random.random() < 0.5, random.randint(0, 2), random.randint(0, 2), 0.0)
+    stretch = random.choice([0.0, 4 * random.random()])
+    rule = Rule(random.random() < 0.5, random.randint(0, 2), random.randint(0, 2), 0.0, stretch)
     return costs, Cluster(tuple(devices)), Candidate(layers, rule), num_microbatches
 
 
