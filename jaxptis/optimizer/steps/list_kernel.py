@@ -4,10 +4,9 @@ The device that can start something first is looked at next. What it could start
 then, and what others start later arrives later: so no decision comes too early. A stage takes its
 microbatches in order; so all that must be known of it is which come next, and when they arrive.
 
-A device keeps room for what the oldest microbatch that it is not done with still needs there; a
-forward of another starts only if there is room beside it. So the oldest of all can always go on,
-and once a device is done with it, what it held is room enough for the next: no rule leads into a
-deadlock.
+A forward starts only if its device has room for it, and if, with all microbatches gone that have
+all their forwards there behind them, the next one would have room for all of its own. These do go,
+as backwards need no more room; then so does the next one: no rule leads into a deadlock.
 """
 
 from typing import NamedTuple
@@ -70,29 +69,6 @@ class Stages(NamedTuple):
 
 
 @compiled
-def _first_time(d: int, now_s: float, stages: Stages, state: tuple) -> float:
-    """Return when device d can start something: never earlier than it is free."""
-    on, count, done, arrival_s, oldest, spare, num_microbatches = state
-    first_s = np.inf
-    for k in range(count[d]):
-        s = on[d, k]
-        if done[s, W] < done[s, I]:
-            return now_s
-        m = done[s, B]
-        if m < num_microbatches and arrival_s[s, 1, m] < first_s:
-            first_s = arrival_s[s, 1, m]
-        m = done[s, F]
-        if (
-            m < num_microbatches
-            and arrival_s[s, 0, m] < first_s
-            and m - done[s, B] < stages.window[s]
-            and (0.0 if m == oldest[d] else stages.room[s]) <= spare[d]
-        ):
-            first_s = arrival_s[s, 0, m]
-    return max(first_s, now_s)
-
-
-@compiled
 def list_step_s(
     stages: Stages,
     memory: np.ndarray,
@@ -119,7 +95,8 @@ def list_step_s(
     on = np.empty((num_devices, num_stages), np.int64)
     count = np.zeros(num_devices, np.int64)
     left_s = np.zeros(num_devices)
-    spare = memory.copy()
+    # Bytes beside what a device holds, and beside what it would hold; see above.
+    spare, safe = memory.copy(), memory.copy()
     # What a device has to do before its last input gradient, and what follows on others then.
     path_s = np.zeros(num_devices)
     tail_s = 0.0
@@ -133,7 +110,7 @@ def list_step_s(
         path_s[d] += M * (seconds[s, F] + back_s)
         on[d, count[d]] = s
         count[d] += 1
-        spare[d] -= room[s]
+        safe[d] -= room[s]
         if stages.whole[s]:
             left_s[d] += M * (seconds[s, F] + seconds[s, B])
             num_left += 2 * M
@@ -141,18 +118,16 @@ def list_step_s(
             left_s[d] += M * (seconds[s, F] + seconds[s, I] + seconds[s, W])
             num_left += 3 * M
     for d in range(num_devices):
-        if max(left_s[d], path_s[d]) > limit_s or spare[d] < 0.0:
+        if max(left_s[d], path_s[d]) > limit_s or safe[d] < 0.0:
             return np.inf, 0
     due_s, pace_s = _due_s(stages, rule.stretch), np.max(left_s) / M
     done = np.zeros((num_stages, 4), np.int64)  # B counts backwards, whole or split
     arrival_s = np.full((num_stages, 2, M), np.inf)
     arrival_s[0, 0, :] = 0.0
-    oldest = np.zeros(num_devices, np.int64)
     free_s = np.zeros(num_devices)
     next_s = np.full(num_devices, np.inf)
     next_s[home[0]] = 0.0
     was_backward = np.zeros(num_devices, np.bool_)
-    state = (on, count, done, arrival_s, oldest, spare, M)
     records = len(order) >= num_left
     forward_order, backward_order = rule.forward_order, rule.backward_order
     position = 0
@@ -169,6 +144,8 @@ def list_step_s(
         crowded = False  # a forward waits for memory
         soon_s = np.inf
         forward_due_s = backward_due_s = blocked_due_s = np.inf
+        last = on[d, count[d] - 1]
+        next_through = done[last, F]
         for k in range(count[d]):
             s = on[d, k]
             if weight < 0 and done[s, W] < done[s, I]:
@@ -184,12 +161,13 @@ def list_step_s(
                     backward = s
             m = done[s, F]
             if m < M and m - done[s, B] < stages.window[s]:
-                if (0.0 if m == oldest[d] else room[s]) > spare[d]:
-                    if arrival_s[s, 0, m] <= now_s:
-                        crowded = True
-                        blocked_due_s = min(blocked_due_s, due_s[s, 0] + m * pace_s)
-                elif arrival_s[s, 0, m] > now_s:
-                    soon_s = min(soon_s, arrival_s[s, 0, m])
+                roomy = room[s] <= spare[d] and (m == next_through or room[s] <= safe[d])
+                if arrival_s[s, 0, m] > now_s:
+                    if roomy:
+                        soon_s = min(soon_s, arrival_s[s, 0, m])
+                elif not roomy:
+                    crowded = True
+                    blocked_due_s = min(blocked_due_s, due_s[s, 0] + m * pace_s)
                 elif rule.stretch:
                     if due_s[s, 0] + m * pace_s < forward_due_s:
                         forward, forward_due_s = s, due_s[s, 0] + m * pace_s
@@ -217,12 +195,17 @@ def list_step_s(
         left_s[d] -= seconds[s, kind]
         if kind != W:
             path_s[d] -= seconds[s, kind]
-        to = s
+        to, arrived = -1, m  # the stage that this is for, and its microbatch
         if kind == F:
             done[s, F] += 1
             was_backward[d] = False
-            if m != oldest[d]:
-                spare[d] -= room[s]
+            spare[d] -= room[s]
+            if s == last:
+                safe[d] = memory[d]
+                for k in range(count[d]):
+                    safe[d] -= room[on[d, k]] * max(1, done[on[d, k], F] - done[s, F])
+            elif m != next_through:
+                safe[d] -= room[s]
             if s + 1 < num_stages:
                 to = s + 1
                 arrival_s[to, 0, m] = end_s + stages.lag_s[s, 0]
@@ -238,28 +221,38 @@ def list_step_s(
             if kind == I:
                 done[s, I] += 1
                 spare[d] -= stages.kept[s]
-            if s == on[d, 0]:  # the next microbatch is the oldest: room is kept for all of it
-                oldest[d] += 1
-                if oldest[d] == M:
-                    path_s[d] = 0.0
-                for k in range(count[d]):
-                    if done[on[d, k], F] <= oldest[d]:
-                        spare[d] -= room[on[d, k]]
+            if s == on[d, 0] and m == M - 1:
+                path_s[d] = 0.0
             if s:
                 to = s - 1
                 arrival_s[to, 1, m] = end_s + stages.lag_s[s, 1]
-        next_s[d] = _first_time(d, end_s, stages, state)
-        if to != s and home[to] != d:
+        # When it can start something, and whether the device that waits for this can then.
+        first_s = np.inf
+        next_through = done[last, F]
+        for k in range(count[d]):
+            s = on[d, k]
+            if done[s, W] < done[s, I]:
+                first_s = end_s
+                break
+            if done[s, B] < M:
+                first_s = min(first_s, arrival_s[s, 1, done[s, B]])
+            m = done[s, F]
+            roomy = room[s] <= spare[d] and (m == next_through or room[s] <= safe[d])
+            if m < M and m - done[s, B] < stages.window[s] and roomy:
+                first_s = min(first_s, arrival_s[s, 0, m])
+        next_s[d] = max(first_s, end_s)
+        if to >= 0 and home[to] != d:
             other = home[to]
-            if kind != F:
-                startable = m == done[to, B]
+            if kind == F:
+                startable = arrived == done[to, F] and arrived - done[to, B] < stages.window[to]
+                startable = startable and room[to] <= spare[other]
+                if arrived != done[on[other, count[other] - 1], F]:
+                    startable = startable and room[to] <= safe[other]
             else:
-                startable = m == done[to, F] and m - done[to, B] < stages.window[to]
-                needed = 0.0 if m == oldest[other] else room[to]
-                startable = startable and needed <= spare[other]
+                startable = arrived == done[to, B]
             if startable:
-                arrival = arrival_s[to, 0 if kind == F else 1, m]
-                next_s[other] = min(next_s[other], max(arrival, free_s[other]))
+                arrives_s = arrival_s[to, 0 if kind == F else 1, arrived]
+                next_s[other] = min(next_s[other], max(arrives_s, free_s[other]))
     step_s = 0.0
     for d in range(num_devices):
         step_s = max(step_s, free_s[d])

@@ -21,7 +21,7 @@ from jaxptis.optimizer.steps.candidate import (
     least_s,
     make_stages,
 )
-from jaxptis.optimizer.steps.list_kernel import Rule
+from jaxptis.optimizer.steps.list_kernel import Rule, list_step_s
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, LayerCost, TiedParams, simulate
 from tests.clusters import device
@@ -120,6 +120,73 @@ def test_devices_hold_what_the_simulator_says(seed: int) -> None:
     parts = "parameters", "gradients", "optimizer state"
     held = [sum(curve.peak_parts[part] for part in parts) for curve in timeline.memory]
     assert memory.tolist() == [10_000 - num_bytes for num_bytes in held]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_room_for_one_microbatch_is_enough_for_any_rule(seed: int) -> None:
+    """What devices keep room for can always go on, whatever else has filled them."""
+    costs, cluster, candidate, num_microbatches = _case(seed, memory_bytes=10_000)
+    stages, memory = make_stages(Problem.of(costs, cluster, num_microbatches), candidate.layers)
+    needed = np.zeros(len(memory))
+    np.add.at(needed, stages.home, stages.room)
+    step_s, _ = list_step_s(stages, needed, num_microbatches, candidate.rule, np.inf, NO_ORDER)
+    assert step_s < np.inf
+    busiest = int(np.argmax(needed))
+    if needed[busiest]:
+        needed[busiest] -= 1
+        assert list_step_s(stages, needed, num_microbatches, candidate.rule, np.inf, NO_ORDER) == (
+            np.inf,
+            0,
+        )
+
+
+def test_only_the_oldest_microbatch_has_room_kept_for_it() -> None:
+    """V of two stages a device with the memory of 1F1B: ZB-V's step, 6 M + P - 1 tasks long.
+
+    With room kept for what every microbatch still needs there, device 0 would wait.
+    """
+    P, M = 4, 8
+    layers = tuple(
+        LayerCost(
+            name=f"layer{index}",
+            forward_s=1.0,
+            backward_s=2.0,
+            input_grad_s=1.0,
+            weight_grad_s=1.0,
+            saved_bytes=1,
+            kept_bytes=1,
+        )
+        for index in range(2 * P)
+    )
+    cluster = Cluster((device(memory_bytes=2 * P),) * P)
+    problem = Problem.of(Costs(layers), cluster, M)
+    table = np.zeros((2 * P, NUM_COLUMNS), np.int64)
+    table[:, HOME] = [*range(P), *reversed(range(P))]
+    table[P, CUT] = 1
+    table[:, WINDOW] = M
+    rules = (Rule(True, 0, 0, 0.0, 0.1 * tenths) for tenths in range(1, 31))
+    steps_s = [step_s_of(problem, Candidate(table, rule), np.inf, NO_ORDER)[0] for rule in rules]
+    assert min(steps_s) == 6 * M + P - 1
+
+
+@pytest.mark.parametrize(
+    ("stretch", "expected"),
+    [
+        (0.9, "F0.0 F1.0 B1.0 B0.0 F0.1 F1.1 B1.1 B0.1 F0.2 F1.2 B1.2 B0.2"),
+        (100, "F0.0 F0.1 F0.2 F1.0 F1.1 F1.2 B1.0 B1.1 B1.2 B0.0 B0.1 B0.2"),
+    ],
+)
+def test_what_is_due_first_goes_first(stretch: float, expected: str) -> None:
+    """On one device: a microbatch after the other, or a stage after the other."""
+    layers = tuple(
+        LayerCost(name=name, forward_s=1.0, backward_s=2.0, input_grad_s=1.0, weight_grad_s=1.0)
+        for name in "ab"
+    )
+    problem = Problem.of(Costs(layers), Cluster((device(),)), 3)
+    table = np.array([[0, 1, 3, 1, 0]] * 2)  # CUT, WINDOW 3, WHOLE
+    order = order_of(problem, Candidate(table, Rule(False, 0, 0, 0.0, stretch)))
+    tasks = order.tasks[: order.num[0]].tolist()
+    assert " ".join(f"{'FB'[kind]}{stage}.{m}" for stage, kind, m in tasks) == expected
 
 
 def test_blocking_transfers_take_what_the_simulator_says() -> None:
