@@ -26,7 +26,7 @@ class Draft(NamedTuple):
 
     edges: tuple[int, ...]
     homes: tuple[int, ...]
-    rule: Rule = Rule(alternate=True, forward_order=OLDEST, backward_order=OLDEST, patience=0.0)
+    rule: Rule = Rule(True, OLDEST, OLDEST, patience=0.0, stretch=0.0)
     more_ahead: int | None = None
     whole: bool = False
 

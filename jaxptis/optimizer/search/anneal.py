@@ -190,19 +190,18 @@ def _other_window(window: int, num_microbatches: int) -> int:
 @compiled
 def _other_rule(rule: Rule) -> Rule:
     alternate, forward_order, backward_order, patience, stretch = rule
-    kind = np.random.randint(0, 7)
-    if kind == 0:
-        alternate = not alternate
-    elif kind == 1:
-        forward_order = np.random.randint(0, 3)
-    elif kind == 2:
-        backward_order = np.random.randint(0, 3)
-    elif kind == 3:
+    if np.random.random() < 0.25:
         patience = 0.25 * np.random.randint(0, 4)
-    elif kind == 4:
-        stretch = 0.0
-    elif stretch == 0.0:
-        stretch = MOST_STRETCHED * np.random.random()
+    elif np.random.random() < 0.25:
+        stretch = MOST_STRETCHED * np.random.random() * np.random.randint(0, 2)
+    elif stretch > 0.0:
+        stretch = min(stretch * np.exp(0.3 * np.random.randn()), MOST_STRETCHED)
     else:
-        stretch *= np.exp(0.3 * np.random.randn())
+        kind = np.random.randint(0, 3)
+        if kind == 0:
+            alternate = not alternate
+        elif kind == 1:
+            forward_order = np.random.randint(0, 3)
+        else:
+            backward_order = np.random.randint(0, 3)
     return Rule(alternate, forward_order, backward_order, patience, stretch)

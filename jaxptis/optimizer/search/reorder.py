@@ -58,7 +58,7 @@ def reorder(plan: Plan, costs: Costs, cluster: Cluster) -> Plan:
 
 
 def _tries(plan: Plan, costs: Costs, cluster: Cluster) -> Iterator[tuple[Stages, Rule]]:
-    """Yield stages and rules: all rules with few windows, then random ones."""
+    """Yield stages and rules: each rule of a list with few windows, then random ones."""
     M, S = plan.num_microbatches, plan.num_stages
     stages = _stages(plan, costs, cluster)
     kinds = [{t.kind for row in plan.schedule for t in row if t.stage == s} for s in range(S)]

@@ -19,7 +19,7 @@ F, B, I, W = range(4)  # noqa: E741
 OLDEST, DEEPEST, SHALLOWEST = range(3)
 """Which of several stages goes first: that of the oldest microbatch, the last one, the first."""
 
-MOST_STRETCHED = 4.0  # of a rule that is drawn
+MOST_STRETCHED = 5.0  # of a rule that is searched
 
 
 class Rule(NamedTuple):
@@ -32,17 +32,17 @@ class Rule(NamedTuple):
         backward_order: likewise.
         patience: a weight gradient is not started if something else arrives within this fraction
             of it.
-        stretch: if above 0, the task that is due first goes first, forward or backward, whatever
-            the others say. The first microbatch is due in each stage, on its way there and back, so
-            many times as late as it could be there; the next as much later as the busiest device
-            takes for one.
+        stretch: if above 0, of forwards and backwards that one goes first which is due first, not
+            what the first three say. The first microbatch is due in each stage, on its way there
+            and back, so many times as late as it could be there; the next as much later as the
+            busiest device takes for one.
     """
 
     alternate: bool
     forward_order: int
     backward_order: int
     patience: float
-    stretch: float = 0.0
+    stretch: float
 
 
 class Stages(NamedTuple):
@@ -55,7 +55,7 @@ class Stages(NamedTuple):
             the one before.
         room: [S] bytes that a microbatch has from its forward to its backward.
         kept: [S] bytes of these that it has from I to W.
-        window: [S] the most microbatches between forward and backward.
+        window: [S] the most microbatches between forward and backward, 1 or more.
         whole: [S] whether backwards are whole.
     """
 
@@ -104,7 +104,7 @@ def list_step_s(
     for s in range(num_stages):
         d = home[s]
         if count[d] == 0:
-            path_s[d] = tail_s
+            path_s[d] = tail_s + stages.lag_s[s, 1]
         back_s = seconds[s, B if stages.whole[s] else I]
         tail_s += back_s + stages.lag_s[s, 1]
         path_s[d] += M * (seconds[s, F] + back_s)
@@ -117,9 +117,11 @@ def list_step_s(
         else:
             left_s[d] += M * (seconds[s, F] + seconds[s, I] + seconds[s, W])
             num_left += 3 * M
+    limit_s *= 1 + 1e-12  # sums in another order
     for d in range(num_devices):
         if max(left_s[d], path_s[d]) > limit_s or safe[d] < 0.0:
             return np.inf, 0
+    by_due = rule.stretch > 0.0
     due_s, pace_s = _due_s(stages, rule.stretch), np.max(left_s) / M
     done = np.zeros((num_stages, 4), np.int64)  # B counts backwards, whole or split
     arrival_s = np.full((num_stages, 2, M), np.inf)
@@ -137,7 +139,7 @@ def list_step_s(
             if next_s[other] < next_s[d]:
                 d = other
         now_s = next_s[d]
-        if now_s + max(left_s[d], path_s[d]) > limit_s * (1 + 1e-12) or now_s == np.inf:
+        if now_s + max(left_s[d], path_s[d]) > limit_s or now_s == np.inf:
             return np.inf, position
         # What could start now, and what goes first of it.
         forward, backward, weight = -1, -1, -1
@@ -154,7 +156,7 @@ def list_step_s(
             if m < M:
                 if arrival_s[s, 1, m] > now_s:
                     soon_s = min(soon_s, arrival_s[s, 1, m])
-                elif rule.stretch:
+                elif by_due:
                     if due_s[s, 1] + m * pace_s < backward_due_s:
                         backward, backward_due_s = s, due_s[s, 1] + m * pace_s
                 elif backward < 0 or _goes_first(s, m, backward, done[backward, B], backward_order):
@@ -168,14 +170,14 @@ def list_step_s(
                 elif not roomy:
                     crowded = True
                     blocked_due_s = min(blocked_due_s, due_s[s, 0] + m * pace_s)
-                elif rule.stretch:
+                elif by_due:
                     if due_s[s, 0] + m * pace_s < forward_due_s:
                         forward, forward_due_s = s, due_s[s, 0] + m * pace_s
                 elif forward < 0 or _goes_first(s, m, forward, done[forward, F], forward_order):
                     forward = s
         turn = was_backward[d] and rule.alternate
-        if rule.stretch:
-            turn = min(forward_due_s, blocked_due_s) < backward_due_s
+        if by_due:
+            turn = (forward_due_s if forward >= 0 else blocked_due_s) < backward_due_s
         if forward >= 0 and (turn or backward < 0):
             s, kind = forward, F
         elif weight >= 0 and (backward < 0 or (turn and crowded)):
