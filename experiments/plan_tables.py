@@ -103,7 +103,10 @@ def peers(model: str, num_devices: int, num_microbatches: int) -> dict[str, Publ
 
 
 def plan_row(others: Mapping[str, PublishedPlan], seed: int) -> dict[str, Any]:
-    """Returns what the search finds for the model and size of published plans, beside them."""
+    """Returns what the search finds for the model and size of published plans, beside them.
+
+    Seconds of the search are without those of the baselines that it begins with.
+    """
     first = others["tuned"]
     num_devices, num_microbatches = first.num_devices, first.num_microbatches
     memory_bytes = max(others["1f1b"].in_flight) if MEMORY_OF_1F1B.value else None
@@ -164,21 +167,23 @@ def held_until_weights(costs: Costs) -> Costs:
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns geometric means of the ratios for each size, the least over tuned, and the gap.
 
-    And by what fraction the longest step of a model is longer than the shortest, of all seeds.
+    And, of several seeds, by what fraction a model's longest step is longer than its shortest.
     """
     sizes: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         sizes.setdefault(row["size"], []).append(row)
-    return [
-        {"size": size, "num_rows": len(of_size)}
-        | {f"mean_over_{name}": _mean(row[f"over_{name}"] for row in of_size) for name in OTHERS}
-        | {
-            "least_over_tuned": min(row["over_tuned"] for row in of_size),
-            "largest_gap": max(row["gap"] for row in of_size),
-            "largest_spread": max(_spread(of_size, row["model"]) for row in of_size),
+    found = []
+    for size, of_size in sizes.items():
+        mean: dict[str, Any] = {"size": size, "num_rows": len(of_size)}
+        mean |= {
+            f"mean_over_{name}": _mean(row[f"over_{name}"] for row in of_size) for name in OTHERS
         }
-        for size, of_size in sizes.items()
-    ]
+        mean["least_over_tuned"] = min(row["over_tuned"] for row in of_size)
+        mean["largest_gap"] = max(row["gap"] for row in of_size)
+        if len({row["seed"] for row in of_size}) > 1:
+            mean["largest_spread"] = max(_spread(of_size, row["model"]) for row in of_size)
+        found.append(mean)
+    return found
 
 
 def _spread(rows: Iterable[dict[str, Any]], model: str) -> float:
