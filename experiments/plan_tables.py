@@ -39,11 +39,14 @@ OTHERS = "tuned", "any_tuned", "1f1b"
 """Their planner's plan with as many stages on each device, the shorter of that and of one with any
 number of stages, and 1F1B of a uniform partition."""
 
+ALL_MODELS = sorted({each.model for each in published_plans("tuned")})
+ALL_SIZES = sorted({f"{x.num_devices}x{x.num_microbatches}" for x in published_plans("tuned")})
+
 _SECONDS = "forward_s", "backward_s", "input_grad_s", "weight_grad_s"
 _NEVER_S = 1e6
 
 SIZES = flags.DEFINE_list("sizes", ["4x8", "4x16", "8x16", "16x32"], "Devices x microbatches.")
-MODELS = flags.DEFINE_list("models", None, "By default all that were published.")
+MODELS = flags.DEFINE_list("models", ALL_MODELS, "By default all that were published.")
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Of the search; each makes a row.")
 TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 10.0, "Of each search.", lower_bound=0.1)
 STAGES = flags.DEFINE_integer(
@@ -60,13 +63,33 @@ HEAD_SLICES = flags.DEFINE_list(
 flags.declare_key_flag("json_output")  # --help lists it
 
 
+@flags.validator("sizes", f"give some of {', '.join(ALL_SIZES)}")
+def _are_sizes(values: list[str]) -> bool:
+    return bool(values) and set(values) <= set(ALL_SIZES)
+
+
+@flags.validator("models", f"give some of {', '.join(ALL_MODELS)}")
+def _are_models(values: list[str]) -> bool:
+    return bool(values) and set(values) <= set(ALL_MODELS)
+
+
+@flags.validator("seeds", "give whole numbers, with commas between")
+def _are_seeds(values: list[str]) -> bool:
+    return bool(values) and all(value.isdecimal() for value in values)
+
+
+@flags.validator("head_slices", "give whole numbers of 1 or more, with commas between")
+def _are_counts(values: list[str]) -> bool:
+    return bool(values) and all(value.isdecimal() and int(value) > 0 for value in values)
+
+
 def main(argv: Sequence[str]) -> None:
     """Prints a row for each size, model and seed, and the means of each size."""
     del argv
     rows: list[dict[str, Any]] = []
     for size in SIZES.value:
         devices, microbatches = map(int, size.split("x"))
-        for model in MODELS.value or sorted({each.model for each in published_plans("tuned")}):
+        for model in MODELS.value:
             others = peers(model, devices, microbatches)
             for seed in map(int, SEEDS.value):
                 rows.append({"size": size, "model": model, "seed": seed, **plan_row(others, seed)})

@@ -31,3 +31,18 @@ def test_rows_stand_beside_what_was_published(tmp_path: Path, memory_of_1f1b: bo
     assert mean["num_rows"] == 2
     first, second = (row["over_tuned"] for row in table["rows"])
     assert mean["mean_over_tuned"] ** 2 == pytest.approx(first * second, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--sizes=4x", "give some of 16x32"),
+        ("--models=llama", "give some of jamba-100B"),
+        ("--seeds=a", "give whole numbers"),
+        ("--head_slices=0", "give whole numbers of 1 or more"),
+    ],
+)
+def test_a_flag_that_names_nothing_is_refused(flag: str, says: str) -> None:
+    run = run_program("plan_tables", flag)
+    assert run.returncode == 1
+    assert says in run.stderr and "Traceback" not in run.stderr
