@@ -15,13 +15,21 @@ from jaxptis.performance.costs import Costs
 def work_s(least: Least, devices: Sequence[DeviceSpec], num_microbatches: int) -> float:
     """Return the seconds in which all devices together can do the work.
 
-    The j-th device to begin (from 0) has no layer before layer j, as the others' first layers are
-    different and come before its own; so it idles until a microbatch can have come to layer j. It
-    costs least if the fastest begin first. A plan may leave devices empty: the best number counts.
+    More than j devices (from 0) work at a time only from when
+
+    - a microbatch can have come to layer j, as their first layers are different; and
+    - j microbatches are done with layer 0, as each keeps one device busy, until one of them is
+      through all layers: then it has weight gradients, too.
+
+    It costs least if the fastest begin first. A plan may leave devices empty: the best number
+    counts.
     """
     speeds = np.array(sorted((device.speed for device in devices), reverse=True))
     speeds = speeds[: len(least.layers)]
-    begins_s = least.before_s[: len(speeds)] / speeds[0]
+    j = np.arange(len(speeds))
+    let_in_s = np.where(j < num_microbatches, j * least.layers[0].forward_s, np.inf)
+    begins_s = np.minimum(let_in_s, least.before_s[-1])
+    begins_s = np.maximum(begins_s, least.before_s[: len(speeds)]) / speeds[0]
     work_s = num_microbatches * (least.work_s + 2 * least.start_s * np.arange(1, len(speeds) + 1))
     return float(np.min((work_s + np.cumsum(speeds * begins_s)) / np.cumsum(speeds)))
 

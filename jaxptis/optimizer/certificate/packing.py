@@ -2,9 +2,11 @@
 
 Layers of equal costs are one kind, and what a device holds is a number of each kind. The devices
 are taken in the order in which they begin: the j-th of them (from 0) has no layer before layer j,
-since the others' first layers are all different and come before its own. What a set of layers takes
-on the j-th device, `_set_s`, is its work and the time in which the device must idle:
+since the others' first layers are all different and come before its own. So its first layer is, of
+each kind that it has, one from layer j on. What a set of layers takes on the j-th device, `_set_s`,
+is its work and the time in which the device must idle:
 
+- Before a microbatch can have come to its first layer, the device can do nothing.
 - Before a layer's forward can begin (or, for all backwards, before the first gradient is there),
   the device can do nothing but the forwards of its other layers.
 - After a layer's last input gradient, until the step ends at the first layer, it can do nothing but
@@ -40,8 +42,9 @@ class _Kinds(NamedTuple):
     Attributes:
         num: [K] of layers.
         seconds: [K, 3] of forward, path and backward.
-        before_s: [K] until the forward of the first of them can begin.
-        after_s: [K] after the last input gradient of the first of them.
+        before_s: [P, K] until the forward of the first of them from layer j on can begin; infinite
+            if there is none.
+        after_s: [P, K] likewise, after the last input gradient of that layer.
         is_last: [K] whether it is the last layer.
         num_bytes: [K, 2] lasting and passing.
         tied: [K, N] whether they read each set of tied parameters.
@@ -65,8 +68,6 @@ class _Line(NamedTuple):
     """The chain of a microbatch, and the devices in classes of equal ones.
 
     Attributes:
-        before_s: [P] until the j-th device can begin.
-        after_s: [P] after its last input gradient.
         ends_s: seconds of the whole chain until the first gradient, and from the last forward on.
         last_s: seconds of the last layer that come before and after these on other devices.
         start_s: that tasks of all microbatches take beside their layers.
@@ -76,8 +77,6 @@ class _Line(NamedTuple):
         num: [C] of devices.
     """
 
-    before_s: np.ndarray
-    after_s: np.ndarray
     ends_s: np.ndarray
     last_s: np.ndarray
     start_s: float
@@ -106,7 +105,7 @@ class Packing:
         cls, least: Least, devices: Sequence[DeviceSpec], num_microbatches: int
     ) -> "Packing | None":
         """Return the dynamic program, or None if there are too many kinds of layers or devices."""
-        kinds = _kinds(least, num_microbatches, max(device.speed for device in devices))
+        kinds = _kinds(least, devices, num_microbatches)
         classes = Counter((x.speed, float(x.memory_bytes or np.inf)) for x in devices)
         if np.prod(kinds.num[1:] + 1.0) > _MOST_SETS:
             return None
@@ -142,20 +141,24 @@ class Packing:
         return low_s
 
 
-def _kinds(least: Least, num_microbatches: int, fastest: float) -> _Kinds:
+def _kinds(least: Least, devices: Sequence[DeviceSpec], num_microbatches: int) -> _Kinds:
     last = len(least.layers) - 1
     indices: dict[tuple[LeastLayer, bool], list[int]] = {}
     for index, layer in enumerate(least.layers):
         indices.setdefault((layer, index == last), []).append(index)
     every = sorted(indices.items(), key=lambda each: -len(each[1]))
-    firsts = [members[0] for _, members in every]
     layers = [layer for (layer, _), _ in every]
+    fastest = max(device.speed for device in devices)
+    nexts = [
+        [next((index for index in members if index >= j), None) for _, members in every]
+        for j in range(len(devices))
+    ]
     return _Kinds(
         num=np.array([len(members) for _, members in every]),
         seconds=num_microbatches
         * np.array([[x.forward_s, x.path_s, x.backward_s] for x in layers]),
-        before_s=least.before_s[firsts] / fastest,
-        after_s=least.after_s[firsts] / fastest,
+        before_s=_seconds_at(least.before_s / fastest, nexts),
+        after_s=_seconds_at(least.after_s / fastest, nexts),
         is_last=np.array([is_last for (_, is_last), _ in every]),
         num_bytes=np.array([[x.lasting_bytes, x.passing_bytes] for x in layers], float),
         tied=np.array(
@@ -164,15 +167,15 @@ def _kinds(least: Least, num_microbatches: int, fastest: float) -> _Kinds:
     )
 
 
+def _seconds_at(seconds: np.ndarray, indices: Sequence[Sequence[int | None]]) -> np.ndarray:
+    return np.array([[np.inf if i is None else seconds[i] for i in row] for row in indices])
+
+
 def _line(least: Least, classes: Counter[tuple[float, float]], num_microbatches: int) -> _Line:
-    num_devices, num_layers = classes.total(), len(least.layers)
     fastest = max(speed for speed, _ in classes)
-    begins = np.minimum(np.arange(num_devices), num_layers)
     last = least.layers[-1]
     several = num_microbatches > 1  # then these and what comes before them do not overlap
     return _Line(
-        before_s=least.before_s[begins] / fastest,
-        after_s=least.after_s[begins] / fastest,
         ends_s=np.array([least.before_s[-1], least.after_s[-1]]) / fastest,
         last_s=several * np.array([last.path_s, last.forward_s]) / fastest,
         start_s=num_microbatches * least.start_s,
@@ -187,17 +190,23 @@ def _line(least: Least, classes: Counter[tuple[float, float]], num_microbatches:
 def _set_s(kinds: _Kinds, line: _Line, numbers: np.ndarray, j: int, k: int) -> float:
     """Return the seconds of a set of layers on a device of class k, the j-th to begin.
 
-    Infinite if its memory is too small: for what lasts, and for the largest backward.
+    Infinite if its memory is too small: for what lasts, and for the largest backward; and if it has
+    a kind of which there is no layer from layer j on. No layers take no time.
     """
     num_bytes, largest = 0.0, 0.0
     forward_s = backward_s = line.start_s
     path_s = 0.0
+    before_s = after_s = np.inf  # of the first layer
     has_last = False
     for t in range(len(numbers)):
         if numbers[t]:
             forward_s += numbers[t] * kinds.seconds[t, 0]
             path_s += numbers[t] * kinds.seconds[t, 1]
             backward_s += numbers[t] * kinds.seconds[t, 2]
+            before_s = min(before_s, kinds.before_s[j, t])
+            after_s = min(after_s, kinds.after_s[j, t])
+            if kinds.before_s[j, t] == np.inf:
+                return np.inf
             has_last = has_last or kinds.is_last[t]
             num_bytes += numbers[t] * kinds.num_bytes[t, 0]
             largest = max(largest, kinds.num_bytes[t, 1])
@@ -206,6 +215,8 @@ def _set_s(kinds: _Kinds, line: _Line, numbers: np.ndarray, j: int, k: int) -> f
             if numbers[t] and kinds.tied[t, n]:
                 num_bytes += line.tied_bytes[n]
                 break
+    if before_s == np.inf:
+        return 0.0
     if num_bytes + largest > line.memory[k]:
         return np.inf
     speed = line.speed[k]
@@ -214,12 +225,12 @@ def _set_s(kinds: _Kinds, line: _Line, numbers: np.ndarray, j: int, k: int) -> f
     first_s, drain_s = line.ends_s
     if not has_last:
         first_s, drain_s = first_s + line.last_s[0], drain_s + line.last_s[1]
-    idle_s = max(line.before_s[j], first_s - forward_s)
-    end_s = max(line.after_s[j] - weight_s, drain_s - backward_s, 0.0)
+    idle_s = max(before_s, first_s - forward_s)
+    end_s = max(after_s - weight_s, drain_s - backward_s, 0.0)
     for t in range(len(numbers)):
         if numbers[t]:
-            idle_s = max(idle_s, kinds.before_s[t] - forward_s + kinds.seconds[t, 0] / speed)
-            end_s = max(end_s, kinds.after_s[t] - backward_s + kinds.seconds[t, 1] / speed)
+            idle_s = max(idle_s, kinds.before_s[j, t] - forward_s + kinds.seconds[t, 0] / speed)
+            end_s = max(end_s, kinds.after_s[j, t] - backward_s + kinds.seconds[t, 1] / speed)
     return idle_s + forward_s + backward_s + end_s
 
 
@@ -239,9 +250,10 @@ def _most_packed(kinds: _Kinds, line: _Line, sets: np.ndarray, step_s: float) ->
             for y in range(num_sets):
                 numbers = sets[y].copy()
                 while numbers[0] <= kinds.num[0]:
-                    if _set_s(kinds, line, numbers, j, k) > step_s:
+                    if _set_s(kinds, line, numbers, j, k) <= step_s:
+                        fits[j, k, y] = numbers[0]
+                    elif numbers[0]:  # the first may let the device begin sooner, no other
                         break
-                    fits[j, k, y] = numbers[0]
                     numbers[0] += 1
     num_states = 1
     for number in line.num:

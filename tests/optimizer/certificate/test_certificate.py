@@ -98,17 +98,48 @@ def test_a_head_that_cannot_be_cut() -> None:
 @pytest.mark.parametrize("model", ["llama3-8B", "llama3-32B", "llama3-80B"])
 @pytest.mark.parametrize(("num_devices", "num_microbatches"), [(4, 8), (4, 16), (8, 32)])
 def test_whole_layers(model: str, num_devices: int, num_microbatches: int) -> None:
-    """If n layers are with the head, another device has its share of the rest, rounded up."""
-    costs = published_costs(model)
-    body, head = (x.forward_s + x.backward_s for x in costs.layers[-2:])
+    """If n layers are with the head, another device has its share of the rest, rounded up.
+
+    And all devices but that of the first layer begin after its forward.
+    """
+    costs, M = published_costs(model), num_microbatches
+    first, *_, body, head = (x.forward_s + x.backward_s for x in costs.layers)
+    waits_s = costs.layers[0].forward_s
     num_layers = len(costs.layers) - 2
-    packed_s = min(
-        max(head + n * body, -(-(num_layers - n) // (num_devices - 1)) * body)
+
+    def shared_s(num: int, num_devices: int) -> float:
+        return waits_s + M * -(-num // num_devices) * body if num else 0.0
+
+    on_two_s = [
+        max(
+            waits_s + M * (head + n * body),
+            M * (first + k * body),
+            shared_s(num_layers - n - k, num_devices - 2),
+        )
         for n in range(num_layers + 1)
-    )
-    certificate = certify(costs, equal_devices(num_devices), num_microbatches)
-    assert certificate.bound_s >= num_microbatches * packed_s * (1 - 1e-5)  # to which it is sought
+        for k in range(num_layers - n + 1)
+    ]
+    on_one_s = [
+        max(M * (first + head + n * body), shared_s(num_layers - n, num_devices - 1))
+        for n in range(num_layers + 1)
+    ]
+    certificate = certify(costs, equal_devices(num_devices), M)
+    packed_s = min(on_two_s + on_one_s)
+    assert certificate.bound_s >= packed_s * (1 - 1e-5)  # to which it is sought
     assert "whole layers" in certificate.bounds[0].binds
+
+
+def test_few_microbatches_keep_few_devices_busy() -> None:
+    """Four layers on four devices, two microbatches: 24 seconds of work, and idle time.
+
+    The second device begins after a second. The others do when one microbatch is through all four
+    forwards, as two microbatches are on two devices until then.
+    """
+    layer = LayerCost(name="", forward_s=1.0, backward_s=2.0, input_grad_s=1.0, weight_grad_s=1.0)
+    costs = Costs(tuple(replace(layer, name=name) for name in "abcd"))
+    certificate = certify(costs, equal_devices(4), 2)
+    (work,) = (bound for bound in certificate.bounds if "the work of all layers" in bound.binds)
+    assert work.seconds == pytest.approx((24 + 1 + 4 + 4) / 4)
 
 
 def test_memory_that_holds_few_microbatches() -> None:
