@@ -94,8 +94,7 @@ def adapt(pipeline: Pipeline, costs: Costs, profile: Profile) -> tuple[Pipeline,
     """
     analysis, plan, planned_for = pipeline.analysis, pipeline.plan, pipeline.analysis.cluster
     costs, cluster = observed(profile.timeline, plan, costs, planned_for)
-    # Devices are as they were planned for, and links take no time: so the executor places them.
-    placed_by = simulate(plan, analysis.costs, Cluster(planned_for.devices))
+    placed_by = analysis.costs, planned_for
     before = simulate(plan, costs, cluster, blocking=True, placed_by=placed_by)
     ordered = reorder(plan, costs, cluster)
     after = simulate(ordered, costs, cluster, blocking=True)

@@ -42,8 +42,8 @@ def as_if_slow(pipeline, device):
         for i, spec in enumerate(cluster.devices)
     )
     plan, costs = pipeline.plan, pipeline.analysis.costs
-    as_planned = simulate(plan, costs, Cluster(cluster.devices))
-    timeline = simulate(plan, costs, Cluster(tuple(slow)), blocking=True, placed_by=as_planned)
+    slowed = Cluster(tuple(slow), cluster.link, cluster.links)
+    timeline = simulate(plan, costs, slowed, blocking=True, placed_by=(costs, cluster))
     return Profile(timeline=timeline, recorded_s=(1.0,), plain_s=(1.0,), clock_error_s=0.0)
 
 

@@ -18,7 +18,7 @@ SOURCES = {
 PLANNING = {"jaxptis.cluster", "jaxptis.plan", "jaxptis.schedules", "jaxptis.performance"}
 OPTIMIZER = [
     f"jaxptis.optimizer.{name}"
-    for name in ("compiled", "steps", "partition", "certificate", "search", "papers")
+    for name in ("steps", "partition", "certificate", "search", "papers")
 ]
 MAY_IMPORT = {
     "passes": set(),

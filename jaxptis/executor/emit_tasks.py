@@ -1,37 +1,32 @@
-"""From a plan and its predicted timeline to the instruction lists of the devices.
+"""From a plan and what its tasks cost to the instruction lists of the devices.
 
-A transfer blocks both devices until both are there; `performance.transfers` says where it stands.
+A transfer blocks both devices until both are there; `performance.meetings` says where it stands.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxptis.executor.instructions import Rows
 from jaxptis.executor.tasks import TaskPrograms
-from jaxptis.performance import Span, Timeline
-from jaxptis.performance.transfers import Places, in_sequence
+from jaxptis.performance.meetings import Crossing, in_sequence
+from jaxptis.performance.task_costs import TaskCosts, task_seconds
 from jaxptis.plan import Plan
 
 
-@dataclass(frozen=True)
-class _Transfer:
-    source: int
-    target: int
+@dataclass(frozen=True, kw_only=True)
+class _Transfer(Crossing):
     buffer: str
 
 
-def emit_tasks(rows: Rows, plan: Plan, timeline: Timeline, programs: TaskPrograms) -> None:
+def emit_tasks(rows: Rows, plan: Plan, costs: TaskCosts, programs: TaskPrograms) -> None:
     """Append the tasks of the plan and the transfers between them."""
-    sequence = in_sequence(plan, timeline.spans)
-    places = Places(sequence)
-    due = defaultdict(list)
-    for transfer, made, read in _transfers(plan, [span for _, span in sequence], programs):
-        due[places.best(transfer.source, transfer.target, made, read)].append(transfer)
-    for position, (device, span) in enumerate(sequence):
-        for each in due[position]:
-            rows.transfer(each.source, each.target, each.buffer)
-        task = span.task
+    transfers = [*_transfers(plan, costs, programs)]
+    for item in in_sequence(task_seconds(plan, costs), transfers):
+        if isinstance(item, _Transfer):
+            rows.transfer(item.source, item.target, item.buffer)
+            continue
+        device, number = item
+        task = plan.schedule[device][number]
         program = programs.get((task.stage, task.kind))
         if program is not None:
             reads = [ref.of(task.microbatch) for ref in program.reads]
@@ -39,24 +34,32 @@ def emit_tasks(rows: Rows, plan: Plan, timeline: Timeline, programs: TaskProgram
             rows.run(device, program.name, reads, writes, task)
 
 
-def _transfers(
-    plan: Plan, spans: Sequence[Span], programs: TaskPrograms
-) -> Iterator[tuple[_Transfer, int, int]]:
-    """Yield each transfer, and where the tasks stand that make its buffer and first read it."""
+def _transfers(plan: Plan, costs: TaskCosts, programs: TaskPrograms) -> Iterator[_Transfer]:
+    """Yield what a device is sent: each buffer once, before the first task that reads it.
+
+    The first buffer of a result takes as long as the transfer of the result, the others no longer.
+    """
     home = [stage.device for stage in plan.stages]
-    wanted: dict[tuple[int, str], int] = {}  # target and buffer -> where it was made
-    for position, span in enumerate(spans):
-        task = span.task
-        program = programs.get((task.stage, task.kind))
-        if program is None:
-            continue
-        for ref in program.reads:
-            key = home[task.stage], ref.of(task.microbatch)
-            if key in wanted:
-                made = wanted.pop(key)
-                source = home[spans[made].task.stage]
-                yield _Transfer(source, key[0], key[1]), made, position
-        for ref, stage in program.sends:
-            if home[stage] != home[task.stage]:
-                wanted[home[stage], ref.of(task.microbatch)] = position
-    assert not wanted, wanted
+    read: dict[tuple[int, str], int] = {}
+    for device, row in enumerate(plan.schedule):
+        for number, task in enumerate(row):
+            program = programs.get((task.stage, task.kind))
+            for ref in program.reads if program else ():
+                read.setdefault((device, ref.of(task.microbatch)), number)
+    for source, row in enumerate(plan.schedule):
+        for number, task in enumerate(row):
+            program = programs.get((task.stage, task.kind))
+            result = costs[task.stage][task.kind].result
+            seconds = {} if result is None else {result.link[1]: result.transfer_s}
+            sends = program.sends if program else ()
+            # Several stages of a device may read one.
+            for target, buffer in {(home[s], ref.of(task.microbatch)): None for ref, s in sends}:
+                if target != source:
+                    yield _Transfer(
+                        source=source,
+                        target=target,
+                        made=number,
+                        read=read[target, buffer],
+                        seconds=seconds.pop(target, 0.0),
+                        buffer=buffer,
+                    )

@@ -6,11 +6,14 @@ from typing import Any, Protocol
 from jaxptis.cluster import Cluster
 from jaxptis.executor.compiled import Compiler
 from jaxptis.executor.draft import Copies, Homes
+from jaxptis.executor.emit_tasks import emit_tasks
+from jaxptis.executor.instructions import Rows
 from jaxptis.executor.memory import DeviceMemory, predict_memory
 from jaxptis.executor.programs import INDEX, Aval, BatchLeaf
 from jaxptis.executor.stage_tasks import MICROBATCH, task_programs
 from jaxptis.executor.tasks import TaskPrograms
 from jaxptis.performance import Costs
+from jaxptis.performance.task_costs import task_costs
 from jaxptis.plan import Plan
 from passes import jaxprs
 from passes.differentiate import accumulator_dtype
@@ -83,7 +86,7 @@ def tasks_of(pipeline: Pipeline, programs: Mapping[tuple[int, str], StageProgram
 
 
 def predicted_memory(pipeline: Pipeline, *state: Copies) -> tuple[DeviceMemory, ...]:
-    """Return what the plan says of the memory of a step, until its last task ends.
+    """Return what the lists say of the memory of a step, until its last task ends.
 
     What follows the tasks, such as an update, may take more.
 
@@ -115,7 +118,17 @@ def predicted_memory(pipeline: Pipeline, *state: Copies) -> tuple[DeviceMemory, 
         for ref, v in zip(refs, values, strict=True)
     }
     nbytes[MICROBATCH.name] = jaxprs.nbytes([INDEX])
-    return predict_memory(pipeline.plan, tasks, nbytes, resident)
+    passing = {
+        ref.of(microbatch): nbytes[ref.name]
+        for task in tasks.values()
+        for ref in (*task.reads, *task.writes)
+        if ref.per_microbatch
+        for microbatch in range(pipeline.plan.num_microbatches)
+    }
+    costs = task_costs(pipeline.plan, pipeline.analysis.costs, pipeline.analysis.cluster)
+    rows = Rows(pipeline.plan.num_devices)
+    emit_tasks(rows, pipeline.plan, costs, tasks)
+    return predict_memory(rows, passing, resident)
 
 
 def _constants(pipeline: Pipeline) -> dict[int, list[Any]]:

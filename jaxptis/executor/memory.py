@@ -1,11 +1,10 @@
-"""Predict, from a plan alone, the most bytes that are live at once on each device."""
+"""Predict, from instruction lists alone, the most bytes that are live at once on each device."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jaxptis.executor.tasks import TaskPrograms
-from jaxptis.plan import Plan, Task
+from jaxptis.executor.instructions import Instruction, Rows, Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,55 +25,41 @@ class DeviceMemory:
 
 
 def predict_memory(
-    plan: Plan, programs: TaskPrograms, nbytes: Mapping[str, int], resident: Sequence[int]
+    rows: Rows, nbytes: Mapping[str, int], resident: Sequence[int]
 ) -> tuple[DeviceMemory, ...]:
-    """Walk the tasks of each device in order.
+    """Walk the list of each device in order.
 
-    A buffer of a microbatch lives from the first task on the device that uses it to the last; what
-    is made takes the memory of what dies in the same task, if their sizes are equal. What arrives
-    from another device arrives for its first reader, when what the task before sends has not left
-    yet. A result that no task reads and that is not sent stays until the end of the step.
+    A buffer lives from the first instruction on the device that uses it to the last; what a program
+    makes takes the memory of what dies there, if their sizes are equal. What nothing reads stays.
 
     Args:
-        plan: the plan.
-        programs: what its tasks run.
-        nbytes: the size of each buffer, by the name of its `Ref`.
+        rows: the lists.
+        nbytes: the size of each buffer that does not last, by its name.
         resident: for each device the bytes that last.
     """
     return tuple(
-        DeviceMemory(
-            resident_bytes=lasting,
-            peak_bytes=lasting + _peak_in_flight(plan.schedule[device], programs, nbytes),
-        )
-        for device, lasting in enumerate(resident)
+        DeviceMemory(resident_bytes=lasting, peak_bytes=lasting + _peak_in_flight(row, nbytes))
+        for row, lasting in zip(rows.rows, resident, strict=True)
     )
 
 
-def _peak_in_flight(row: Sequence[Task], programs: TaskPrograms, nbytes: Mapping[str, int]) -> int:
-    """Return the most bytes of microbatches that are live at once on a device."""
-    tasks = [
-        (programs[task.stage, task.kind], task.microbatch)
-        for task in row
-        if (task.stage, task.kind) in programs
-    ]
-    last_read = {ref.of(m): k for k, (program, m) in enumerate(tasks) for ref in program.reads}
+def _peak_in_flight(row: Sequence[Instruction], nbytes: Mapping[str, int]) -> int:
+    """Return the most bytes at once of buffers that do not last."""
+    last_read = {name: k for k, each in enumerate(row) for name in each.reads}
     live: dict[str, int] = {}
-    leaving: set[str] = set()
     peak = 0
-    for k, (program, m) in enumerate(tasks):
+    for k, each in enumerate(row):
         reads, made = (
-            {ref.of(m): nbytes[ref.name] for ref in refs if ref.per_microbatch}
-            for refs in (program.reads, program.writes)
+            {name: nbytes[name] for name in names if name in nbytes}
+            for names in (each.reads, each.writes)
         )
         live |= reads
         peak = max(peak, sum(live.values()))
-        for name in leaving:
-            del live[name]
         dying = {name: size for name, size in reads.items() if last_read[name] == k}
-        reused = (Counter(dying.values()) & Counter(made.values())).elements()
+        same = Counter(dying.values()) & Counter(made.values())
         live |= made
-        peak = max(peak, sum(live.values()) - sum(reused))
+        reused = sum(same.elements()) if isinstance(each, Run) else 0
+        peak = max(peak, sum(live.values()) - reused)
         for name in dying:
             del live[name]
-        leaving = {name for ref, _ in program.sends if (name := ref.of(m)) not in last_read}
     return peak

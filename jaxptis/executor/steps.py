@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxptis.cluster import Cluster
 from jaxptis.executor.compiled import CompiledProgram, Compiler
 from jaxptis.executor.draft import Copies, Draft, Homes
 from jaxptis.executor.emit_tasks import emit_tasks
@@ -37,7 +36,7 @@ from jaxptis.executor.stage_tasks import (
     result,
     stage_program_name,
 )
-from jaxptis.performance import simulate
+from jaxptis.performance.task_costs import task_costs
 from jaxptis.plan import Plan
 from passes import jaxprs
 from passes.boxes import Pieces, assemble, whole
@@ -288,9 +287,8 @@ def _add_tasks(
             KINDS[kind], program, device=homes[s], batch=pipeline.analysis.batch
         )
     draft.inputs = {**param_copies(pipeline).buffers(), **batch_copies(pipeline).buffers()}
-    devices = Cluster(pipeline.analysis.cluster.devices)  # their links as if they took no time
-    timeline = simulate(plan, pipeline.analysis.costs, devices)
-    emit_tasks(draft.rows, plan, timeline, tasks_of(pipeline, programs))
+    costs = task_costs(plan, pipeline.analysis.costs, pipeline.analysis.cluster)
+    emit_tasks(draft.rows, plan, costs, tasks_of(pipeline, programs))
 
     count = plan.num_microbatches
     avals = jaxprs.avals(pipeline.stages.program.jaxpr.outvars)

@@ -21,7 +21,7 @@ def simulate(
     cluster: Cluster | None = None,
     *,
     blocking: bool = False,
-    placed_by: Timeline | None = None,
+    placed_by: tuple[Costs, Cluster] | None = None,
 ) -> Timeline:
     """Start every task as soon as its device is free and what it needs has arrived.
 
@@ -34,8 +34,8 @@ def simulate(
         blocking: how devices hand on results. By default a device leaves them to its links and
             goes on; see `buffered`. With `blocking` it takes part in every transfer, as does the
             other device, and both wait; that is how the executor runs. See `blocking`.
-        placed_by: how the plan would run if transfers took no time, where that is what has put
-            transfers that block into their places; by default what these costs predict of it.
+        placed_by: the costs and the devices that transfers which block have been placed for; by
+            default these.
 
     Raises:
         ValueError: the costs are not those of the plan's layers, or the cluster has fewer devices
@@ -55,16 +55,12 @@ def _run(
     costs: Costs,
     cluster: Cluster | None,
     blocking: bool,
-    placed_by: Timeline | None,
+    placed_by: tuple[Costs, Cluster] | None,
 ) -> tuple[Rows, list[TransferSpan]]:
     of_tasks = task_costs(plan, costs, cluster)
     if not blocking:
         return run_buffered(plan, of_tasks)
-    if placed_by is not None:
-        return run_blocking(plan, of_tasks, placed_by.spans)
-    same_devices = cluster and Cluster(cluster.devices)  # with links that take no time
-    unhindered, _ = run_buffered(plan, task_costs(plan, costs, same_devices))
-    return run_blocking(plan, of_tasks, unhindered)
+    return run_blocking(plan, of_tasks, task_costs(plan, *placed_by) if placed_by else of_tasks)
 
 
 def _check_costs(plan: Plan, costs: Costs) -> None:

@@ -3,7 +3,8 @@
 from jaxptis.executor.emit_tasks import emit_tasks
 from jaxptis.executor.instructions import Rows
 from jaxptis.executor.tasks import Ref, TaskProgram
-from jaxptis.performance import Costs, LayerCost, simulate
+from jaxptis.performance import Costs, LayerCost
+from jaxptis.performance.task_costs import task_costs
 
 
 def random_costs(rng, plan):
@@ -78,7 +79,7 @@ def _stage(rng, s, device, readers):
 def write_rows(plan, programs, costs):
     """Return the lists of a step, what is there at its start, and what is to be left."""
     rows = Rows(plan.num_devices)
-    emit_tasks(rows, plan, simulate(plan, costs), programs)
+    emit_tasks(rows, plan, task_costs(plan, costs, None), programs)
     given = [set() for _ in rows.rows]
     held = [set() for _ in rows.rows]
     for (stage, _), program in programs.items():

@@ -39,10 +39,10 @@ def test_random_plans_are_proven(chunk):
             ran = [each.task for each in row if isinstance(each, Run)]
             assert ran == [task for task in plan.schedule[device] if task in wanted]
             assert peaks[device] == most_live(row, given[device], held[device], sizes)
-        if plan.num_devices == 1:  # nothing arrives early or leaves late
-            resident = [sum(sizes[name] for name in given[0])]
-            (predicted,) = predict_memory(plan, programs, sizes, resident)
-            assert (predicted.peak_bytes,) == peaks
+        lasting = set().union(*given)
+        passing = {name: size for name, size in sizes.items() if name not in lasting}
+        resident = [sum(sizes[name] for name in names) for names in given]
+        assert tuple(x.peak_bytes for x in predict_memory(rows, passing, resident)) == peaks
 
 
 def most_live(row, given, held, sizes):

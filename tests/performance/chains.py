@@ -4,7 +4,8 @@ from jaxptis.cluster import Cluster
 from jaxptis.executor.emit_tasks import emit_tasks
 from jaxptis.executor.instructions import Rows
 from jaxptis.executor.tasks import Ref, TaskProgram
-from jaxptis.performance import Costs, simulate
+from jaxptis.performance import Costs
+from jaxptis.performance.task_costs import task_costs
 from jaxptis.plan import Plan
 
 
@@ -36,6 +37,5 @@ def chain_programs(plan: Plan) -> dict[tuple[int, str], TaskProgram]:
 def emitted(plan: Plan, costs: Costs, cluster: Cluster) -> Rows:
     """Return the lists that the executor runs, without what comes before and after the tasks."""
     rows = Rows(plan.num_devices)
-    timeline = simulate(plan, costs, Cluster(cluster.devices))
-    emit_tasks(rows, plan, timeline, chain_programs(plan))
+    emit_tasks(rows, plan, task_costs(plan, costs, cluster), chain_programs(plan))
     return rows

@@ -76,10 +76,10 @@ def test_1f1b_with_transfers_that_block(
 ) -> None:
     """Of these the longest path has more: a device between two others has two a microbatch.
 
-    2 c M, and 4 c (P - 2) to fill and empty the pipeline; a device with one neighbour has one.
+    2 c (M - 1), and 4 c (P - 2) to fill and empty the pipeline; with one neighbour it has one.
     """
     step_s = run(named_plan("1f1b", P, M), durations, C, blocking=True).step_s
-    paid_s = C * (2 * M + 4 * (P - 2) if P > 2 else M + 2)
+    paid_s = C * (2 * (M - 1) + 4 * (P - 2) if P > 2 else M + 2)
     assert step_s == (M + P - 1) * sum(durations) + paid_s
 
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxptis.cluster import DeviceSpec
 from jaxptis.optimizer.certificate.least import Least, LeastLayer
-from jaxptis.optimizer.compiled import compiled
+from jaxptis.performance.compiled import compiled
 
 _PRECISE = 1e-5  # of a step, as a fraction
 _MOST_STEPS = 2e8  # of one try of the dynamic program, about 0.1 s

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.steps.blocking_kernel import blocking_step_s
 from jaxptis.optimizer.steps.candidate import (
     CUT,
@@ -20,6 +19,7 @@ from jaxptis.optimizer.steps.candidate import (
 )
 from jaxptis.optimizer.steps.list_kernel import MOST_STRETCHED, Rule, list_step_s
 from jaxptis.optimizer.steps.problem import Problem
+from jaxptis.performance.compiled import compiled
 
 _COLD = 0.05  # of the heat is left at the end
 _MOVE, _STEP = 4, 20  # tasks whose simulation takes as long as to make a move, or stages

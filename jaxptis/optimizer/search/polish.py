@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.search.anneal import step_s_of
 from jaxptis.optimizer.steps.blocking_kernel import blocking_step_s
 from jaxptis.optimizer.steps.candidate import (
@@ -22,6 +21,7 @@ from jaxptis.optimizer.steps.candidate import (
 )
 from jaxptis.optimizer.steps.list_kernel import B, F, I, Stages, W, list_step_s
 from jaxptis.optimizer.steps.problem import Problem
+from jaxptis.performance.compiled import compiled
 
 _HOT, _COLD = 0.03, 0.02  # at the start, of the step; at the end, of that
 _NO_ORDER = np.empty((0, 3), np.int64)

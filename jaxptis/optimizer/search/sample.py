@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.search.anneal import step_s_of
 from jaxptis.optimizer.steps.candidate import (
     CUT,
@@ -16,6 +15,7 @@ from jaxptis.optimizer.steps.candidate import (
 )
 from jaxptis.optimizer.steps.list_kernel import MOST_STRETCHED, Rule
 from jaxptis.optimizer.steps.problem import B, F, Problem
+from jaxptis.performance.compiled import compiled
 
 LOOPS, ZIGZAG, SHUFFLED, NUM_PLACEMENTS = range(4)
 """A leg has a stage on each device: always from the first to the last, or up and down, or each leg

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxptis.optimizer.compiled import compiled
 from jaxptis.optimizer.steps.list_kernel import Rule, Stages
 from jaxptis.optimizer.steps.problem import AGAIN, KEPT, LASTING, SAVED, B, F, I, Problem, W
+from jaxptis.performance.compiled import compiled
 
 HOME, CUT, WINDOW, WHOLE, RECOMPUTE = range(5)
 """Columns of a candidate: the device of a layer, and whether a stage begins with it though the one

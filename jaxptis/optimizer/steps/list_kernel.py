@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxptis.optimizer.compiled import compiled
+from jaxptis.performance.compiled import compiled
 
 F, B, I, W = range(4)  # noqa: E741
 OLDEST, DEEPEST, SHALLOWEST = range(3)

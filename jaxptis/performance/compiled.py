@@ -1,4 +1,4 @@
-"""Functions compiled to machine code, once for all processes: the search simulates many steps."""
+"""Functions compiled to machine code, once for all processes: a search simulates many steps."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,16 +7,17 @@ from typing import Any
 
 import numba
 
-_FOLDER = Path(__file__).parent
+_FOLDERS = (Path(__file__).parent, Path(__file__).parents[1] / "optimizer")
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function of the optimizer; it lets other threads run.
+    """Compile a function of the performance model or the optimizer; it lets other threads run.
 
     Numba keeps what it compiled until the function's own file changes. It may call functions of the
     other files, so it is compiled again when any of them has changed.
     """
-    changed_s = max(path.stat().st_mtime for path in _FOLDER.rglob("*.py"))
+    files = (path for folder in _FOLDERS for path in folder.rglob("*.py"))
+    changed_s = max(path.stat().st_mtime for path in files)
     file = Path(function.__code__.co_filename)
     for path in (file.parent / "__pycache__").glob(f"{file.stem}.{function.__name__}-*.nbi"):
         with suppress(OSError):  # another process may have been faster

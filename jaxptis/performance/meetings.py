@@ -1,0 +1,203 @@
+"""When devices meet to send each other what they made, if a transfer holds up both of them.
+
+A device cannot compute while it sends, nor before the other is there to receive: that costs little
+if the other waits anyway, or is just done with a task. So devices do not send at once. They run
+their tasks, and whenever a device is done with one, with something to send to another device or to
+receive from it, they meet
+
+- if the other waits for anything; or
+- if it is done soon: in at most half the time that the next task takes here, and clearly sooner
+  than, by the tasks that come next, any later time at which both would be done.
+
+Then all that they have for each other is sent. A device that lacks what its next task reads waits,
+and so does one that holds results of two tasks for a device, and would make a third. No devices
+wait for each other in a circle: of two that wait and could meet, one came later, and met the other.
+
+All devices agree on this beforehand, by the predicted seconds of tasks and transfers: the result is
+one sequence of tasks and transfers, of which each device runs its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
+
+import numpy as np
+
+from jaxptis.performance.compiled import compiled
+
+_OF_NEXT = 0.5  # of the next task, that a device waits for another at most
+_OF_LATER = 0.7  # of the wait if they met later
+_AHEAD = 8  # tasks of both that are looked at
+_MOST_HELD = 2  # tasks whose results a device holds for another
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """What a task makes for a task of another device.
+
+    Attributes:
+        source: the device that makes it.
+        target: the device that reads it.
+        made: the number of the task in the row of the source.
+        read: the number of the first task in the row of the target that reads it.
+        seconds: that its transfer takes.
+    """
+
+    source: int
+    target: int
+    made: int
+    read: int
+    seconds: float
+
+
+_C = TypeVar("_C", bound=Crossing)
+
+
+def in_sequence(
+    rows: Sequence[Sequence[float]], crossings: Sequence[_C]
+) -> list[tuple[int, int] | _C]:
+    """Return all tasks, as device and number in its row, and all crossings, as they happen.
+
+    Args:
+        rows: the seconds of the tasks of each device, in the order in which it runs them.
+        crossings: between them; those of one task are sent in this order.
+
+    Raises:
+        ValueError: tasks of several devices wait for each other in a circle.
+    """
+    begin = [*accumulate((len(row) for row in rows), initial=0)]
+    crossings = sorted(crossings, key=lambda each: begin[each.source] + each.made)
+    makers = [begin[each.source] + each.made for each in crossings]
+    order = np.empty(begin[-1] + len(crossings), np.int64)
+    step_s = meet(
+        np.array(begin),
+        np.array([seconds for row in rows for seconds in row], float),
+        np.searchsorted(makers, np.arange(begin[-1] + 1)),
+        np.array([each.target for each in crossings], np.int64),
+        np.array([begin[each.target] + each.read for each in crossings], np.int64),
+        np.array([each.seconds for each in crossings], float),
+        order,
+    )
+    if step_s == np.inf:
+        raise ValueError("tasks of several devices wait for each other in a circle; order the rows")
+    tasks = [(device, number) for device, row in enumerate(rows) for number in range(len(row))]
+    return [tasks[i] if i >= 0 else crossings[~i] for i in order.tolist()]
+
+
+@compiled
+def meet(
+    begin: np.ndarray,
+    seconds: np.ndarray,
+    first: np.ndarray,
+    target: np.ndarray,
+    read: np.ndarray,
+    crossing_s: np.ndarray,
+    order: np.ndarray,
+) -> float:
+    """Return the seconds of a step; infinite if devices wait for each other in a circle.
+
+    Tasks are numbered row by row, and crossings by the tasks that make them.
+
+    Args:
+        begin: [P + 1] the first task of each device; the last is the number N of tasks.
+        seconds: [N] of tasks.
+        first: [N + 1] the first crossing of each task; the last is the number X of crossings.
+        target: [X] the device that reads each.
+        read: [X] the first task there that does.
+        crossing_s: [X] seconds of their transfers.
+        order: [N + X] filled with tasks, and crossings x as ~x, in the order in which they happen.
+    """
+    P, N = len(begin) - 1, len(seconds)
+    following = begin[:-1].copy()  # the task that a device runs next
+    free_s = np.zeros(P)
+    waits = np.zeros(P, np.bool_)
+    lacks = np.zeros(N, np.int64)  # crossings that are not there
+    for x in range(len(read)):
+        lacks[read[x]] += 1
+    # What is made for another device, and not sent: the first, the last, after each the next.
+    oldest, newest = np.full((P, P), -1), np.full((P, P), -1)
+    after = np.full(len(read), -1)
+    num_held = np.zeros((P, P), np.int64)  # tasks that made them
+    position = num_run = 0
+    while num_run < N:
+        d = -1
+        for other in range(P):
+            if not waits[other] and (d < 0 or free_s[other] < free_s[d]):
+                d = other
+        if d < 0:
+            return np.inf
+        i, end = following[d], begin[d + 1]
+        peer = -1
+        for other in range(P):
+            if oldest[d, other] < 0 and oldest[other, d] < 0:
+                continue
+            if waits[other]:
+                peer = other
+                break
+            wait_s = free_s[other] - free_s[d]
+            if i < end and wait_s > _OF_NEXT * seconds[i]:
+                continue
+            # When they would meet later: before one of them reads what the other has made.
+            here_s, there_s, j = free_s[d], free_s[other], following[other]
+            last_here, last_there = end, begin[other + 1]
+            x = oldest[d, other]
+            while x >= 0:
+                last_there = min(last_there, read[x])
+                x = after[x]
+            x = oldest[other, d]
+            while x >= 0:
+                last_here = min(last_here, read[x])
+                x = after[x]
+            k = i
+            later_s = np.inf
+            for _ in range(_AHEAD):
+                if here_s <= there_s:
+                    if k >= last_here:
+                        break
+                    here_s += seconds[k]
+                    k += 1
+                else:
+                    if j >= last_there:
+                        break
+                    there_s += seconds[j]
+                    j += 1
+                later_s = min(later_s, abs(here_s - there_s))
+            if wait_s <= _OF_LATER * later_s:
+                peer = other
+                break
+        full = False
+        for x in range(first[i], first[i + 1] if i < end else 0):
+            full = full or num_held[d, target[x]] >= _MOST_HELD
+        if peer >= 0:
+            longer_s = 0.0
+            for source, to in ((d, peer), (peer, d)):
+                way_s = 0.0
+                x = oldest[source, to]
+                while x >= 0:
+                    way_s += crossing_s[x]
+                    lacks[read[x]] -= 1
+                    order[position] = ~x
+                    position += 1
+                    x = after[x]
+                oldest[source, to], num_held[source, to] = -1, 0
+                longer_s = max(longer_s, way_s)
+            free_s[d] = free_s[peer] = max(free_s[d], free_s[peer]) + longer_s
+            waits[peer] = False
+        elif i == end or lacks[i] or full:
+            waits[d] = True
+        else:
+            order[position] = i
+            position += 1
+            num_run += 1
+            following[d] = i + 1
+            free_s[d] += seconds[i]
+            for x in range(first[i], first[i + 1]):
+                to = target[x]
+                if oldest[d, to] < 0:
+                    oldest[d, to] = x
+                else:
+                    after[newest[d, to]] = x
+                num_held[d, to] += num_held[d, to] == 0 or newest[d, to] < first[i]
+                newest[d, to] = x
+    return np.max(free_s) if P else 0.0
