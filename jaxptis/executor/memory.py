@@ -30,7 +30,8 @@ def predict_memory(
     """Walk the list of each device in order.
 
     A buffer lives from the first instruction on the device that uses it to the last; what a program
-    makes takes the memory of what dies there, if their sizes are equal. What nothing reads stays.
+    makes takes the memory of what dies there, if their sizes are equal. What is neither read nor
+    sent stays until the end.
 
     Args:
         rows: the lists.

@@ -7,9 +7,9 @@ opposite directions goes at the same time. `meetings` says where transfers stand
 
 from collections import defaultdict
 
-from jaxptis.performance.meetings import Crossing, in_sequence
+from jaxptis.performance.meetings import Crossing, sequence_of
 from jaxptis.performance.spans import Rows, Span, TransferSpan
-from jaxptis.performance.task_costs import TaskCosts, task_seconds
+from jaxptis.performance.task_costs import Result, TaskCosts
 from jaxptis.plan import Plan, Task
 
 _Exchange = list[Crossing]  # in one program
@@ -34,59 +34,45 @@ def run_blocking(
             start_s = free_s[device]
             free_s[device] = start_s + task_s
             rows[device].append(Span(item, start_s, free_s[device]))
-            continue
-        made_by = [plan.schedule[each.source][each.made] for each in item]
-        results = [costs[task.stage][task.kind].result for task in made_by]
-        start_s = max(free_s[item[0].source], free_s[item[0].target])
-        each_way: defaultdict[int, float] = defaultdict(float)
-        for result in results:
-            assert result is not None
-            each_way[result.link[0]] += result.transfer_s
-        end_s = free_s[item[0].source] = free_s[item[0].target] = start_s + max(each_way.values())
-        transfers += [
-            TransferSpan(*each.link, task, each.reader, start_s, end_s, each.num_bytes)
-            for task, each in zip(made_by, results, strict=True)
-            if each is not None
-        ]
+        else:
+            source, target = item[0].source, item[0].target
+            sent = [_sent(each, plan, costs) for each in item]
+            start_s = max(free_s[source], free_s[target])
+            end_s = free_s[source] = free_s[target] = start_s + _exchange_s(sent)
+            transfers += [
+                TransferSpan(*each.link, made_by, each.reader, start_s, end_s, each.num_bytes)
+                for made_by, each in sent
+            ]
     return rows, transfers
 
 
 def _instructions(plan: Plan, costs: TaskCosts) -> list[Task | _Exchange]:
     """Return the tasks and transfers of all devices in one order, which holds in every list."""
-    last: dict[int, _Exchange | None] = {}
     instructions: list[Task | _Exchange] = []
-    for item in in_sequence(task_seconds(plan, costs), _crossings(plan, costs)):
-        if isinstance(item, Crossing):
-            exchange = last.get(item.source)
-            if exchange is None or exchange is not last.get(item.target):
-                exchange = last[item.source] = last[item.target] = []
-                instructions.append(exchange)
-            exchange.append(item)
-        else:
-            device, number = item
-            instructions.append(plan.schedule[device][number])
-            last[device] = None
+    last: dict[int, _Exchange | None] = {}
+    for item in sequence_of(plan, costs):
+        if isinstance(item, Task):
+            instructions.append(item)
+            last[costs[item.stage][item.kind].device] = None
+            continue
+        exchange = last.get(item.source)
+        if exchange is None or exchange is not last.get(item.target):
+            exchange = last[item.source] = last[item.target] = []
+            instructions.append(exchange)
+        exchange.append(item)
     return instructions
 
 
-def _crossings(plan: Plan, costs: TaskCosts) -> list[Crossing]:
-    """Return what goes from a device to another, and is read there."""
-    read = {
-        (inbox, task.microbatch): number
-        for row in plan.schedule
-        for number, task in enumerate(row)
-        if (inbox := costs[task.stage][task.kind].inbox) is not None
-    }
-    return [
-        Crossing(
-            source=source,
-            target=result.link[1],
-            made=number,
-            read=read[result.inbox, task.microbatch],
-            seconds=result.transfer_s,
-        )
-        for source, row in enumerate(plan.schedule)
-        for number, task in enumerate(row)
-        if (result := costs[task.stage][task.kind].result) is not None
-        and (result.inbox, task.microbatch) in read
-    ]
+def _sent(crossing: Crossing, plan: Plan, costs: TaskCosts) -> tuple[Task, Result]:
+    task = plan.schedule[crossing.source][crossing.made]
+    result = costs[task.stage][task.kind].result
+    assert result is not None, task
+    return task, result
+
+
+def _exchange_s(sent: list[tuple[Task, Result]]) -> float:
+    """Return the seconds of the direction that takes longer."""
+    each_way: defaultdict[tuple[int, int], float] = defaultdict(float)
+    for _, result in sent:
+        each_way[result.link] += result.transfer_s
+    return max(each_way.values())

@@ -7,17 +7,16 @@ from typing import Any
 
 import numba
 
-_FOLDERS = (Path(__file__).parent, Path(__file__).parents[1] / "optimizer")
+_PACKAGE = Path(__file__).parents[1]
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function of the performance model or the optimizer; it lets other threads run.
+    """Compile a function; it lets other threads run.
 
     Numba keeps what it compiled until the function's own file changes. It may call functions of the
-    other files, so it is compiled again when any of them has changed.
+    other files, so it is compiled again when any file of the package has changed.
     """
-    files = (path for folder in _FOLDERS for path in folder.rglob("*.py"))
-    changed_s = max(path.stat().st_mtime for path in files)
+    changed_s = max(path.stat().st_mtime for path in _PACKAGE.rglob("*.py"))
     file = Path(function.__code__.co_filename)
     for path in (file.parent / "__pycache__").glob(f"{file.stem}.{function.__name__}-*.nbi"):
         with suppress(OSError):  # another process may have been faster

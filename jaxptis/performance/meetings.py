@@ -2,16 +2,18 @@
 
 A device cannot compute while it sends, nor before the other is there to receive: that costs little
 if the other waits anyway, or is just done with a task. So devices do not send at once. They run
-their tasks, and whenever a device is done with one, with something to send to another device or to
-receive from it, they meet
+their tasks, and whenever one is done with a task, and another has something for it, or it for the
+other, they meet
 
-- if the other waits for anything; or
-- if it is done soon: in at most half the time that the next task takes here, and clearly sooner
-  than, by the tasks that come next, any later time at which both would be done.
+- if the other waits, for whatever it may be; or
+- if the other is done soon: in at most half the time that the next task takes here, and in clearly
+  less than one of them would wait if they met after any of the next tasks instead. Of several, the
+  first to be done is met.
 
-Then all that they have for each other is sent. A device that lacks what its next task reads waits,
-and so does one that holds results of two tasks for a device, and would make a third. No devices
-wait for each other in a circle: of two that wait and could meet, one came later, and met the other.
+Then all that they have for each other is sent. A device waits if it lacks what its next task reads;
+if it has results of two tasks for a device, and would make a third; and if it has run all its
+tasks. Two that wait never have anything for each other, as the later one has met the other: so if
+all wait, the rows themselves are in a circle.
 
 All devices agree on this beforehand, by the predicted seconds of tasks and transfers: the result is
 one sequence of tasks and transfers, of which each device runs its own.
@@ -20,11 +22,12 @@ one sequence of tasks and transfers, of which each device runs its own.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
 
 import numpy as np
 
 from jaxptis.performance.compiled import compiled
+from jaxptis.performance.task_costs import TaskCosts
+from jaxptis.plan import Plan, Task
 
 _OF_NEXT = 0.5  # of the next task, that a device waits for another at most
 _OF_LATER = 0.7  # of the wait if they met later
@@ -51,12 +54,41 @@ class Crossing:
     seconds: float
 
 
-_C = TypeVar("_C", bound=Crossing)
+def sequence_of(plan: Plan, costs: TaskCosts) -> list[Task | Crossing]:
+    """Return the tasks of a plan, and what crosses between its devices, as they happen."""
+    seconds = [[costs[task.stage][task.kind].task_s for task in row] for row in plan.schedule]
+    return [
+        item if isinstance(item, Crossing) else plan.schedule[item[0]][item[1]]
+        for item in in_sequence(seconds, _crossings(plan, costs))
+    ]
+
+
+def _crossings(plan: Plan, costs: TaskCosts) -> list[Crossing]:
+    """Return what goes from a device to another, and is read there."""
+    read = {
+        (inbox, task.microbatch): number
+        for row in plan.schedule
+        for number, task in enumerate(row)
+        if (inbox := costs[task.stage][task.kind].inbox) is not None
+    }
+    return [
+        Crossing(
+            source=source,
+            target=result.link[1],
+            made=number,
+            read=read[result.inbox, task.microbatch],
+            seconds=result.transfer_s,
+        )
+        for source, row in enumerate(plan.schedule)
+        for number, task in enumerate(row)
+        if (result := costs[task.stage][task.kind].result) is not None
+        and (result.inbox, task.microbatch) in read
+    ]
 
 
 def in_sequence(
-    rows: Sequence[Sequence[float]], crossings: Sequence[_C]
-) -> list[tuple[int, int] | _C]:
+    rows: Sequence[Sequence[float]], crossings: Sequence[Crossing]
+) -> list[tuple[int, int] | Crossing]:
     """Return all tasks, as device and number in its row, and all crossings, as they happen.
 
     Args:
@@ -129,6 +161,7 @@ def meet(
             return np.inf
         i, end = following[d], begin[d + 1]
         peer = -1
+        soonest_s = np.inf
         for other in range(P):
             if oldest[d, other] < 0 and oldest[other, d] < 0:
                 continue
@@ -163,9 +196,8 @@ def meet(
                     there_s += seconds[j]
                     j += 1
                 later_s = min(later_s, abs(here_s - there_s))
-            if wait_s <= _OF_LATER * later_s:
-                peer = other
-                break
+            if wait_s <= _OF_LATER * later_s and wait_s < soonest_s:
+                peer, soonest_s = other, wait_s
         full = False
         for x in range(first[i], first[i + 1] if i < end else 0):
             full = full or num_held[d, target[x]] >= _MOST_HELD

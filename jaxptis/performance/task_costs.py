@@ -82,8 +82,3 @@ def task_costs(plan: Plan, costs: Costs, cluster: Cluster | None) -> TaskCosts:
         }
 
     return tuple(map(of_stage, range(plan.num_stages)))
-
-
-def task_seconds(plan: Plan, costs: TaskCosts) -> list[list[float]]:
-    """Return the seconds of all tasks, in the order of the rows of a plan."""
-    return [[costs[task.stage][task.kind].task_s for task in row] for row in plan.schedule]

@@ -74,12 +74,12 @@ def test_1f1b_with_latency(
 def test_1f1b_with_transfers_that_block(
     P: int, M: int, durations: tuple[float, float, float]
 ) -> None:
-    """Of these the longest path has more: a device between two others has two a microbatch.
+    """The first microbatch goes there and back, 2 c (P - 1), and each other one costs 2 c.
 
-    2 c (M - 1), and 4 c (P - 2) to fill and empty the pipeline; with one neighbour it has one.
+    Those an inner device pays, for both of its neighbours; without one, each microbatch costs c.
     """
     step_s = run(named_plan("1f1b", P, M), durations, C, blocking=True).step_s
-    paid_s = C * (2 * (M - 1) + 4 * (P - 2) if P > 2 else M + 2)
+    paid_s = C * (2 * (P - 1) + (2 * (M - 1) if P > 2 else M))
     assert step_s == (M + P - 1) * sum(durations) + paid_s
 
 

@@ -18,8 +18,8 @@ def work_s(least: Least, devices: Sequence[DeviceSpec], num_microbatches: int) -
     More than j devices (from 0) work at a time only from when
 
     - a microbatch can have come to layer j, as their first layers are different; and
-    - j microbatches are done with layer 0, as each keeps one device busy, until one of them is
-      through all layers: then it has weight gradients, too.
+    - j microbatches are done with layer 0, or one with all forwards. Before that there are only
+      forwards, of which a microbatch has one at a time, and layer 0 takes them one by one.
 
     It costs least if the fastest begin first. A plan may leave devices empty: the best number
     counts.

@@ -191,7 +191,7 @@ def _set_s(kinds: _Kinds, line: _Line, numbers: np.ndarray, j: int, k: int) -> f
     """Return the seconds of a set of layers on a device of class k, the j-th to begin.
 
     Infinite if its memory is too small: for what lasts, and for the largest backward; and if it has
-    a kind of which there is no layer from layer j on. No layers take no time.
+    a kind of which there is no layer from layer j on. An empty set takes no time.
     """
     num_bytes, largest = 0.0, 0.0
     forward_s = backward_s = line.start_s

@@ -190,24 +190,14 @@ def test_what_is_due_first_goes_first(stretch: float, expected: str) -> None:
 
 
 def test_blocking_transfers_take_what_the_simulator_says() -> None:
-    """But where tasks that start at one time stand in another order."""
-    ratios = []
     for seed in range(200):
         costs, cluster, candidate, num_microbatches = _case(seed)
         rng = Random(seed)
-        names = "forward_s", "backward_s", "weight_grad_s"
-        layers = (  # so that hardly any tasks start at one time
-            replace(x, **{name: getattr(x, name) + 0.1 + rng.random() for name in names})
-            for x in costs.layers
-        )
-        costs = replace(costs, layers=tuple(layers))
         link = Link(latency_s=rng.random(), bytes_per_s=rng.random() + 1)
         cluster = Cluster(cluster.devices, link)
         problem = Problem.of(costs, cluster, num_microbatches, blocking=True)
         step_s, _ = step_s_of(problem, candidate, np.inf, NO_ORDER)
         order = order_of(problem, candidate)
         plan = to_plan(problem, order, [layer.name for layer in costs.layers])
-        ratios.append(step_s / simulate(plan, costs, cluster, blocking=True).step_s)
-    away = np.abs(np.array(ratios) - 1)
-    assert np.mean(away < 1e-12) > 0.98
-    assert np.max(away) < 0.01
+        simulated_s = simulate(plan, costs, cluster, blocking=True).step_s
+        assert step_s == pytest.approx(simulated_s, rel=1e-12), seed
