@@ -110,6 +110,7 @@ def in_sequence(
         np.array([begin[each.target] + each.read for each in crossings], np.int64),
         np.array([each.seconds for each in crossings], float),
         order,
+        np.inf,
     )
     if step_s == np.inf:
         raise ValueError("tasks of several devices wait for each other in a circle; order the rows")
@@ -126,8 +127,11 @@ def meet(
     read: np.ndarray,
     crossing_s: np.ndarray,
     order: np.ndarray,
+    limit_s: float,
 ) -> float:
     """Return the seconds of a step; infinite if devices wait for each other in a circle.
+
+    Or as soon as it is known to be longer than `limit_s`.
 
     Tasks are numbered row by row, and crossings by the tasks that make them.
 
@@ -139,10 +143,15 @@ def meet(
         read: [X] the first task there that does.
         crossing_s: [X] seconds of their transfers.
         order: [N + X] filled with tasks, and crossings x as ~x, in the order in which they happen.
+        limit_s: see above.
     """
     P, N = len(begin) - 1, len(seconds)
     following = begin[:-1].copy()  # the task that a device runs next
     free_s = np.zeros(P)
+    left_s = np.zeros(P)
+    for d in range(P):
+        left_s[d] = np.sum(seconds[begin[d] : begin[d + 1]])
+    limit_s *= 1 + 1e-12  # sums in another order
     waits = np.zeros(P, np.bool_)
     lacks = np.zeros(N, np.int64)  # crossings that are not there
     for x in range(len(read)):
@@ -157,7 +166,7 @@ def meet(
         for other in range(P):
             if not waits[other] and (d < 0 or free_s[other] < free_s[d]):
                 d = other
-        if d < 0:
+        if d < 0 or free_s[d] + left_s[d] > limit_s:
             return np.inf
         i, end = following[d], begin[d + 1]
         peer = -1
@@ -224,6 +233,7 @@ def meet(
             num_run += 1
             following[d] = i + 1
             free_s[d] += seconds[i]
+            left_s[d] -= seconds[i]
             for x in range(first[i], first[i + 1]):
                 to = target[x]
                 if oldest[d, to] < 0:

@@ -83,7 +83,7 @@ def test_what_both_have_for_each_other_is_sent_together() -> None:
     there, back = crossing(0, 0, 1, 1, 3.0), crossing(1, 0, 0, 2, 4.0)
     assert sent_after(rows, there, back) == [(1, 1), (1, 1)]
     order = np.empty(7, np.int64)
-    step_s = meet(
+    step = (
         np.array([0, 3, 5]),
         np.array([2.0, 2.0, 2.0, 1.0, 2.0]),
         np.array([0, 1, 1, 1, 2, 2]),
@@ -92,7 +92,8 @@ def test_what_both_have_for_each_other_is_sent_together() -> None:
         np.array([3.0, 4.0]),
         order,
     )
-    assert step_s == 2 + 4 + 2 + 2
+    assert meet(*step, 2 + 4 + 2 + 2 - 1e-3) == np.inf
+    assert meet(*step, 2 + 4 + 2 + 2) == 2 + 4 + 2 + 2
     assert sorted(order.tolist()) == [-2, -1, 0, 1, 2, 3, 4]
 
 

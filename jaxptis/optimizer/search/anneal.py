@@ -52,7 +52,7 @@ def step_s_of(
         order = np.empty((3 * M * len(stages.home), 3), np.int64)
     step_s, num_tasks = list_step_s(stages, memory, M, rule, limit_s, order)
     if step_s < np.inf:
-        step_s = blocking_step_s(stages, len(memory), M, order[:num_tasks])
+        step_s = blocking_step_s(stages, len(memory), M, order[:num_tasks], limit_s)
         num_tasks *= 2
     return step_s, num_tasks
 

@@ -1,8 +1,6 @@
 """The best plan that a search finds, by the performance model, and never a worse one than given."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from math import inf
 
@@ -10,18 +8,19 @@ import numpy as np
 
 from jaxptis.cluster import Cluster
 from jaxptis.optimizer.certificate.certificate import certify
-from jaxptis.optimizer.search.polish import Order, order_of, polished
-from jaxptis.optimizer.search.search import TASKS_PER_S, Found, search
+from jaxptis.optimizer.search.polish import Order, order_like, order_of, polished, polishes_many
+from jaxptis.optimizer.search.search import TASKS_PER_S, search
 from jaxptis.optimizer.search.starts import in_memory, starts_of
 from jaxptis.optimizer.steps.candidate import HOME, RECOMPUTE, begins_stage
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, simulate
 from jaxptis.performance.check_memory import fits_memory
 from jaxptis.plan import Plan, StagePlan, Task
+from jaxptis.plan.task import KINDS
 
-_KINDS = "FBIW"
 _FINALISTS = 8  # are simulated as all plans are
-_FEW_TASKS = 200  # are few enough to be changed one by one
+_OTHERS = 2  # plans of others are polished
+_POLISHED = 0.3  # of the time limit
 _TIGHTER = 0.97  # of the memory, if what was found needs more than the search knew
 
 
@@ -72,10 +71,14 @@ def best_plan(
         found += [plan for plan in fitted if plan not in others]
     steps_s = [_step_s(plan, costs, cluster, blocking) for plan in found]
     of_others_s = min(steps_s, default=inf)
+    ranked = sorted((step_s, k) for k, step_s in enumerate(steps_s) if step_s < inf)
+    begun = [order_like(problem, found[k]) for _, k in ranked[:_OTHERS]]
+    searched = 1 - _POLISHED if polishes_many(problem) else 1.0
+    num_polished = int(_POLISHED * time_limit_s * 2 * TASKS_PER_S)  # tasks
 
     def show(done: float, step_s: float) -> None:
         if on_progress:
-            on_progress(done, min(step_s, of_others_s))
+            on_progress(done * searched, min(step_s, of_others_s))
 
     for tighter in (1.0, _TIGHTER, _TIGHTER**4):
         if min(steps_s, default=inf) <= enough_s:
@@ -83,16 +86,16 @@ def best_plan(
         now = problem._replace(memory=problem.memory * tighter)
         finalists = search(
             now,
-            time_limit_s=time_limit_s,
+            time_limit_s=time_limit_s * searched,
             seed=seed,
             starts=starts_of(now, others),
             enough_s=enough_s,
             on_progress=show,
         )[:_FINALISTS]
         orders = [order_of(now, each.candidate) for each in finalists]
-        few = max((order.num[0] for order in orders), default=0) <= _FEW_TASKS
-        if few and finalists and finalists[0].step_s > enough_s:
-            orders = _polished(now, finalists, time_limit_s, seed)
+        if finalists and finalists[0].step_s > enough_s:
+            candidates = [each.candidate for each in finalists]
+            orders += polished(now, candidates, num_polished, seed, begun)
         new = [to_plan(now, order, names) for order in orders]
         new_s = [_step_s(plan, costs, cluster, blocking) for plan in new]
         found, steps_s = found + new, steps_s + new_s
@@ -105,19 +108,6 @@ def best_plan(
         f"no plan was found in which {num_layers} layers fit the memory of {num_devices} devices; "
         "pass more devices, or use smaller microbatches"
     )
-
-
-def _polished(
-    problem: Problem, finalists: Sequence[Found], time_limit_s: float, seed: int
-) -> list[Order]:
-    """Return the orders of finalists, changed task by task in about a tenth of the time limit."""
-    num_tasks = int(0.1 * time_limit_s * TASKS_PER_S)
-
-    def change(each: Found) -> Order:
-        return polished(problem, each.candidate, num_tasks, seed)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(change, finalists))
 
 
 def to_plan(problem: Problem, order: Order, names: Sequence[str]) -> Plan:
@@ -134,7 +124,7 @@ def to_plan(problem: Problem, order: Order, names: Sequence[str]) -> Plan:
     )
     rows: list[list[Task]] = [[] for _ in range(problem.num_devices)]
     for stage, kind, microbatch in order.tasks[:num_tasks].tolist():
-        rows[stages[stage].device].append(Task(stage, _KINDS[kind], microbatch))
+        rows[stages[stage].device].append(Task(stage, KINDS[kind], microbatch))
     return Plan(stages=stages, schedule=tuple(map(tuple, rows)))
 
 

@@ -1,15 +1,24 @@
-"""Change a step of few tasks task by task: what no rule gives a list schedule, for all of a stage.
+"""Change a step task by task: what no rule gives a list schedule, for all of a stage.
 
 A step is its tasks in one order, and a device for every stage: a device runs its tasks in this
-order, each as soon as it can. Both are annealed: a task moves to another place, a stage to another
-device, a backward is split, or made whole. A microbatch may so be split where another is not.
+order, each as soon as it can. The order is annealed: a task moves to another place, a backward is
+split, or made whole. A microbatch may so be split where another is not. In a step of few tasks, a
+stage moves to another device, too.
+
+If transfers hold up their devices, a list schedule has devices wait for each other, as it does not
+know where: then it is worth while to change a step of many tasks, too.
 """
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxptis.optimizer.search.anneal import step_s_of
+from jaxptis.optimizer.search.starts import layers_like
 from jaxptis.optimizer.steps.blocking_kernel import blocking_step_s
 from jaxptis.optimizer.steps.candidate import (
     CUT,
@@ -22,10 +31,18 @@ from jaxptis.optimizer.steps.candidate import (
 from jaxptis.optimizer.steps.list_kernel import B, F, I, Stages, W, list_step_s
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance.compiled import compiled
+from jaxptis.plan import Plan
+from jaxptis.plan.task import KINDS
 
-_HOT, _COLD = 0.03, 0.02  # at the start, of the step; at the end, of that
+_HEAT_OF_FEW, _HEAT = 0.03, 0.0003  # of the step
+_COLD = 0.02  # of the heat is left at the end
+_MOVED_OF_FEW = 0.1  # of the changes move a stage
+_REACH = 3  # tasks of each device that a task passes on average
+_ROUNDS = (8, 0.4), (2, 0.6)  # how many orders are changed, in which part of the work
 _NO_ORDER = np.empty((0, 3), np.int64)
-_MOST_TRIES = 50_000
+_FEW_TASKS = 200  # of so few, the stages change, too
+_MOST_TASKS = 2500  # that a step has at least; of more, too few changes can be tried
+_MOST_TRIES = 50_000  # of few tasks
 _WORTH_CUTTING = 0.995  # of the step; below, its layers may be stages of their own
 
 
@@ -52,15 +69,63 @@ def order_of(problem: Problem, candidate: Candidate) -> Order:
     return Order(candidate.layers, tasks, np.array([num_tasks]))
 
 
-def polished(problem: Problem, candidate: Candidate, num_tasks: int, seed: int) -> Order:
-    """Return an order that is at least as good as the candidate's; every layer may be a stage.
+def order_like(problem: Problem, plan: Plan) -> Order:
+    """Return the order of a plan for all layers."""
+    tasks = np.empty((3 * problem.num_microbatches * problem.num_layers, 3), np.int64)
+    of_plan = [(task.stage, KINDS.index(task.kind), task.microbatch) for task in plan.order]
+    tasks[: len(of_plan)] = of_plan
+    return Order(layers_like(plan), tasks, np.array([len(of_plan)]))
+
+
+def polishes_many(problem: Problem) -> bool:
+    """Whether orders of many tasks are polished, too; a search must leave time for that."""
+    return problem.blocking and 2 * problem.num_microbatches * problem.num_devices <= _MOST_TASKS
+
+
+def polished(
+    problem: Problem,
+    candidates: Sequence[Candidate],
+    num_tasks: int,
+    seed: int,
+    others: Sequence[Order] = (),
+) -> list[Order]:
+    """Return better orders than the candidates have; none if they have too many tasks.
 
     Args:
         problem: what to plan.
-        candidate: a possible one.
+        candidates: possible ones.
         num_tasks: to look at.
         seed: of what is drawn.
+        others: are changed with them, if they have many tasks.
     """
+    orders = [order_of(problem, each) for each in candidates]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        if max((order.num[0] for order in orders), default=0) <= _FEW_TASKS:
+            few = partial(_polished_few, problem, num_tasks // max(1, len(orders)), seed)
+            return list(pool.map(few, candidates))
+        if not polishes_many(problem):
+            return []
+        orders = sorted([*orders, *others], key=partial(_step_s, problem))
+        for number, (num_kept, share) in enumerate(_ROUNDS):
+            orders = orders[:num_kept]
+            change = partial(_changed, problem, int(share * num_tasks) // len(orders))
+            seeds = range(seed + 100 * number, seed + 100 * number + len(orders))
+            changed = sorted(pool.map(change, seeds, orders), key=lambda each: each[1])
+            orders = [order for order, _ in changed]
+        return orders
+
+
+def _step_s(problem: Problem, order: Order) -> float:
+    return float(order_step_s(*make_stages(problem, order.layers), problem, order, np.inf))
+
+
+def _changed(problem: Problem, num_tasks: int, seed: int, order: Order) -> tuple[Order, float]:
+    """Return an order of many tasks, changed by looking at so many, and its seconds."""
+    return anneal_order(problem, order, num_tasks // int(order.num[0]), _HEAT, 0.0, seed)
+
+
+def _polished_few(problem: Problem, num_tasks: int, seed: int, candidate: Candidate) -> Order:
+    """Return an order of few tasks; every layer may be a stage, and stages move."""
     layers = candidate.layers.copy()
     for layer in range(1, len(layers)):
         begins = begins_stage(candidate.layers, layer)
@@ -74,68 +139,94 @@ def polished(problem: Problem, candidate: Candidate, num_tasks: int, seed: int) 
         return order
     num_tries = min(_MOST_TRIES, num_tasks // int(order.num[0]))
     start = order_of(problem, candidate._replace(layers=layers))
-    changed, step_s = anneal_order(problem, start, num_tries, seed)
+    changed, step_s = anneal_order(problem, start, num_tries, _HEAT_OF_FEW, _MOVED_OF_FEW, seed)
     return changed if step_s < before_s * _WORTH_CUTTING else order
 
 
 @compiled
-def order_step_s(stages: Stages, memory: np.ndarray, problem: Problem, order: Order) -> float:
-    """Return the seconds of a step; infinite if a task comes too early, or memory lacks."""
-    num_stages, M = len(stages.home), problem.num_microbatches
+def order_step_s(
+    stages: Stages, memory: np.ndarray, problem: Problem, order: Order, limit_s: float
+) -> float:
+    """Return the seconds of a step, infinite as soon as it is known to be longer than `limit_s`.
+
+    Infinite, too, if a task comes too early, or memory lacks. With transfers that block, only the
+    tasks of each device are in order.
+    """
+    num_stages, M, P = len(stages.home), problem.num_microbatches, len(memory)
     forward_s = np.full((num_stages, M), np.inf)
     gradient_s = np.full((num_stages, M), np.inf)
-    free_s, held = np.zeros(len(memory)), np.zeros(len(memory))
+    free_s, held = np.zeros(P), np.zeros(P)
     for i in range(order.num[0]):
         s, kind, m = order.tasks[i, 0], order.tasks[i, 1], order.tasks[i, 2]
         d = stages.home[s]
         if kind == F:
-            at_s = forward_s[s - 1, m] + stages.lag_s[s - 1, 0] if s else 0.0
+            source = s - 1
+            at_s = forward_s[source, m] + stages.lag_s[source, 0] if s else 0.0
             held[d] += stages.room[s]
         elif kind == W:
+            source = s
             at_s = gradient_s[s, m]
             held[d] -= stages.kept[s]
         else:
+            source = s
             at_s = forward_s[s, m]
-            if s + 1 < num_stages:
-                at_s = max(at_s, gradient_s[s + 1, m] + stages.lag_s[s + 1, 1])
+            if at_s < np.inf and s + 1 < num_stages:
+                source = s + 1
+                at_s = max(at_s, gradient_s[source, m] + stages.lag_s[source, 1])
             held[d] -= stages.room[s] - (stages.kept[s] if kind == I else 0.0)
-        if at_s == np.inf or held[d] > memory[d]:
+        if held[d] > memory[d]:
             return np.inf
+        if at_s == np.inf:
+            if not problem.blocking or stages.home[source] == d:
+                return np.inf
+            at_s = 0.0
         free_s[d] = max(free_s[d], at_s) + stages.seconds[s, kind]
         if kind == F:
             forward_s[s, m] = free_s[d]
         elif kind != W:
             gradient_s[s, m] = free_s[d]
     if problem.blocking:
-        return blocking_step_s(stages, len(memory), M, order.tasks[: order.num[0]])
+        return blocking_step_s(stages, P, M, order.tasks[: order.num[0]], limit_s)
     return np.max(free_s)
 
 
 @compiled
-def anneal_order(problem: Problem, order: Order, num_tries: int, seed: int) -> tuple[Order, float]:
-    """Change a step again and again; return the best, and its seconds."""
+def anneal_order(
+    problem: Problem, order: Order, num_tries: int, heat: float, moved: float, seed: int
+) -> tuple[Order, float]:
+    """Change a step again and again; return the best, and its seconds.
+
+    Args:
+        problem: what to plan.
+        order: to begin with.
+        num_tries: how often.
+        heat: at the start, of the step; see `anneal`.
+        moved: how often a stage goes to another device.
+        seed: of what is drawn.
+    """
     np.random.seed(seed)
     stages, memory = make_stages(problem, order.layers)
-    best_s = now_s = order_step_s(stages, memory, problem, order)
+    best_s = now_s = order_step_s(stages, memory, problem, order, np.inf)
     now, best, new = _copy(order), _copy(order), _copy(order)
     first = 0 if problem.trains_first else 1
     for number in range(num_tries):
-        heat = _HOT * _COLD ** (number / num_tries)
+        temperature = heat * _COLD ** (number / num_tries)
         _set(new, now)
         moves = False
         while True:
-            if np.random.random() < 0.1:
+            if np.random.random() < moved:
                 a, b = stage_around(new.layers, np.random.randint(0, len(new.layers)))
                 new.layers[a:b, HOME] = np.random.randint(0, len(memory))
                 moves = True
             else:
-                _change(new, first)
+                _change(new, stages.home, first)
             if np.random.random() < 0.5:
                 break
         if moves:
             stages, memory = make_stages(problem, new.layers)
-        step_s = order_step_s(stages, memory, problem, new)
-        if step_s <= now_s - heat * best_s * np.log(1.0 - np.random.random()):
+        limit_s = now_s - temperature * best_s * np.log(1.0 - np.random.random())
+        step_s = order_step_s(stages, memory, problem, new, limit_s)
+        if step_s <= limit_s:
             _set(now, new)
             now_s = step_s
             if now_s < best_s:
@@ -157,14 +248,18 @@ def _set(order: Order, other: Order) -> None:
 
 
 @compiled
-def _change(order: Order, first: int) -> None:
+def _change(order: Order, home: np.ndarray, first: int) -> None:
     """Move a task, split a backward, or make one whole."""
     tasks, num = order.tasks, order.num[0]
     i = np.random.randint(0, num)
     s, kind = tasks[i, 0], tasks[i, 1]
     if np.random.random() < 0.9:
-        far = int(1 + np.random.exponential(0.1 * num))
-        j = min(num - 1, i + far) if np.random.random() < 0.5 else max(0, i - far)
+        step = 1 if np.random.random() < 0.5 else -1
+        far = int(1 + np.random.exponential(_REACH))  # tasks of the same device
+        j = i
+        while far and 0 <= j + step < num:
+            j += step
+            far -= home[tasks[j, 0]] == home[s]
         _move(tasks, i, j)
     elif kind == B and s >= first:
         tasks[i, 1] = I

@@ -20,8 +20,8 @@ from jaxptis.optimizer.steps.list_kernel import (
 from jaxptis.performance import Costs, Timeline, simulate
 from jaxptis.performance.memory import MemoryCurve
 from jaxptis.plan import Plan, Task
+from jaxptis.plan.task import KINDS
 
-_KINDS = "FBIW"
 _FINALISTS = 8  # are simulated with transfers that block; the kernel knows them only as delays
 _NUM_TASKS = 10_000_000  # of the kernel: a second or two
 _MOST_TRIED = 2000
@@ -88,7 +88,7 @@ def _stages(plan: Plan, costs: Costs, cluster: Cluster) -> Stages:
     seconds = [
         [
             costs.task_s(layers, kind, stage.recompute) / cluster.devices[stage.device].speed
-            for kind in _KINDS
+            for kind in KINDS
         ]
         for layers, stage in zip(ranges, plan.stages, strict=True)
     ]
@@ -128,7 +128,7 @@ def _run(
     step_s, num_tasks = list_step_s(stages, np.full(P, inf), M, rule, inf, order)
     rows: list[list[Task]] = [[] for _ in range(P)]
     for stage, kind, microbatch in order[:num_tasks].tolist():
-        rows[plan.stages[stage].device].append(Task(stage, _KINDS[kind], microbatch))
+        rows[plan.stages[stage].device].append(Task(stage, KINDS[kind], microbatch))
     return step_s, tuple(map(tuple, rows))
 
 

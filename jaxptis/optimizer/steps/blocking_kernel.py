@@ -12,15 +12,18 @@ from jaxptis.performance.meetings import meet
 
 @compiled
 def blocking_step_s(
-    stages: Stages, num_devices: int, num_microbatches: int, order: np.ndarray
+    stages: Stages, num_devices: int, num_microbatches: int, order: np.ndarray, limit_s: float
 ) -> float:
-    """Return the seconds of a step.
+    """Return the seconds of a step, infinite as soon as it is known to be longer than `limit_s`.
+
+    Infinite, too, if devices wait for each other in a circle.
 
     Args:
         stages: to run.
         num_devices: that they are on.
         num_microbatches: of the step.
-        order: [N, 3] stage, kind and microbatch of all tasks, each behind what it needs.
+        order: [N, 3] stage, kind and microbatch of all tasks, those of each device in its order.
+        limit_s: see above.
     """
     home, N, S = stages.home, len(order), len(stages.home)
     begin = np.zeros(num_devices + 1, np.int64)
@@ -55,4 +58,4 @@ def blocking_step_s(
             x += 1
     first[N] = x
     sequence = np.empty(N + x, np.int64)
-    return meet(begin, seconds, first, target[:x], read[:x], crossing_s[:x], sequence)
+    return meet(begin, seconds, first, target[:x], read[:x], crossing_s[:x], sequence, limit_s)
