@@ -71,8 +71,9 @@ def best_plan(
         found += [plan for plan in fitted if plan not in others]
     steps_s = [_step_s(plan, costs, cluster, blocking) for plan in found]
     of_others_s = min(steps_s, default=inf)
-    ranked = sorted((step_s, k) for k, step_s in enumerate(steps_s) if step_s < inf)
-    begun = [order_like(problem, found[k]) for _, k in ranked[:_OTHERS]]
+    step_of = dict(zip(found, steps_s, strict=True))
+    fit = sorted((plan for plan in step_of if step_of[plan] < inf), key=step_of.__getitem__)
+    begun = [order_like(problem, plan) for plan in fit[:_OTHERS]]
     searched = 1 - _POLISHED if polishes_many(problem) else 1.0
     num_polished = int(_POLISHED * time_limit_s * 2 * TASKS_PER_S)  # tasks
 
@@ -95,7 +96,7 @@ def best_plan(
         orders = [order_of(now, each.candidate) for each in finalists]
         if finalists and finalists[0].step_s > enough_s:
             candidates = [each.candidate for each in finalists]
-            orders += polished(now, candidates, num_polished, seed, begun)
+            orders += polished(now, candidates, [*orders, *begun], num_polished, seed)
         new = [to_plan(now, order, names) for order in orders]
         new_s = [_step_s(plan, costs, cluster, blocking) for plan in new]
         found, steps_s = found + new, steps_s + new_s

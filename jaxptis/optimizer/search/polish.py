@@ -1,9 +1,9 @@
 """Change a step task by task: what no rule gives a list schedule, for all of a stage.
 
 A step is its tasks in one order, and a device for every stage: a device runs its tasks in this
-order, each as soon as it can. The order is annealed: a task moves to another place, a backward is
-split, or made whole. A microbatch may so be split where another is not. In a step of few tasks, a
-stage moves to another device, too.
+order. The order is annealed: a task moves to another place, a backward is split, or made whole. A
+microbatch may so be split where another is not. In a step of few tasks, a stage moves to another
+device, too.
 
 If transfers hold up their devices, a list schedule has devices wait for each other, as it does not
 know where: then it is worth while to change a step of many tasks, too.
@@ -41,7 +41,7 @@ _REACH = 3  # tasks of each device that a task passes on average
 _ROUNDS = (8, 0.4), (2, 0.6)  # how many orders are changed, in which part of the work
 _NO_ORDER = np.empty((0, 3), np.int64)
 _FEW_TASKS = 200  # of so few, the stages change, too
-_MOST_TASKS = 2500  # that a step has at least; of more, too few changes can be tried
+_MOST_TASKS = 2500  # of a stage a device, with whole backwards; of more, too few are tried
 _MOST_TRIES = 50_000  # of few tasks
 _WORTH_CUTTING = 0.995  # of the step; below, its layers may be stages of their own
 
@@ -50,7 +50,7 @@ class Order(NamedTuple):
     """A step.
 
     Attributes:
-        layers: [L, NUM_COLUMNS] of a candidate; only their devices and stages matter.
+        layers: [L, NUM_COLUMNS] of a candidate; windows do not matter.
         tasks: [N, 3] stage, kind and microbatch; the first `num` are there.
         num: [1] see above.
     """
@@ -85,43 +85,55 @@ def polishes_many(problem: Problem) -> bool:
 def polished(
     problem: Problem,
     candidates: Sequence[Candidate],
+    orders: Sequence[Order],
     num_tasks: int,
     seed: int,
-    others: Sequence[Order] = (),
 ) -> list[Order]:
-    """Return better orders than the candidates have; none if they have too many tasks.
+    """Return orders that are no longer than before, and may need more memory than is counted here.
+
+    If candidates have few tasks, one for each; else of the best orders, if they are to be polished.
 
     Args:
         problem: what to plan.
         candidates: possible ones.
+        orders: of the candidates, and of other plans.
         num_tasks: to look at.
         seed: of what is drawn.
-        others: are changed with them, if they have many tasks.
     """
-    orders = [order_of(problem, each) for each in candidates]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if max((order.num[0] for order in orders), default=0) <= _FEW_TASKS:
-            few = partial(_polished_few, problem, num_tasks // max(1, len(orders)), seed)
+        if max((order.num[0] for order in orders[: len(candidates)]), default=0) <= _FEW_TASKS:
+            few = partial(_polished_few, problem, num_tasks // max(1, len(candidates)), seed)
             return list(pool.map(few, candidates))
         if not polishes_many(problem):
             return []
-        orders = sorted([*orders, *others], key=partial(_step_s, problem))
+        found = [each for order in orders if (each := _timed(problem, order)).step_s < np.inf]
+        changed: list[_Timed] = []
         for number, (num_kept, share) in enumerate(_ROUNDS):
-            orders = orders[:num_kept]
-            change = partial(_changed, problem, int(share * num_tasks) // len(orders))
-            seeds = range(seed + 100 * number, seed + 100 * number + len(orders))
-            changed = sorted(pool.map(change, seeds, orders), key=lambda each: each[1])
-            orders = [order for order, _ in changed]
-        return orders
+            found = sorted(found, key=lambda each: each.step_s)[:num_kept]
+            if not found:
+                break
+            change = partial(_changed, problem, int(share * num_tasks) // len(found))
+            found = list(
+                pool.map(change, range(seed + 100 * number, seed + 100 * (number + 1)), found)
+            )
+            changed += found
+        return [each.order for each in changed]
 
 
-def _step_s(problem: Problem, order: Order) -> float:
-    return float(order_step_s(*make_stages(problem, order.layers), problem, order, np.inf))
+class _Timed(NamedTuple):
+    order: Order
+    step_s: float
 
 
-def _changed(problem: Problem, num_tasks: int, seed: int, order: Order) -> tuple[Order, float]:
-    """Return an order of many tasks, changed by looking at so many, and its seconds."""
-    return anneal_order(problem, order, num_tasks // int(order.num[0]), _HEAT, 0.0, seed)
+def _timed(problem: Problem, order: Order) -> _Timed:
+    stages, memory = make_stages(problem, order.layers)
+    return _Timed(order, float(order_step_s(stages, memory, problem, order, np.inf)))
+
+
+def _changed(problem: Problem, num_tasks: int, seed: int, before: _Timed) -> _Timed:
+    """Return an order of many tasks, changed by looking at so many."""
+    num_tries = num_tasks // int(before.order.num[0])
+    return _Timed(*anneal_order(problem, before.order, num_tries, _HEAT, 0.0, seed))
 
 
 def _polished_few(problem: Problem, num_tasks: int, seed: int, candidate: Candidate) -> Order:
@@ -181,6 +193,8 @@ def order_step_s(
                 return np.inf
             at_s = 0.0
         free_s[d] = max(free_s[d], at_s) + stages.seconds[s, kind]
+        if free_s[d] > limit_s and not problem.blocking:
+            return np.inf
         if kind == F:
             forward_s[s, m] = free_s[d]
         elif kind != W:
@@ -200,7 +214,7 @@ def anneal_order(
         problem: what to plan.
         order: to begin with.
         num_tries: how often.
-        heat: at the start, of the step; see `anneal`.
+        heat: at the start, of the step, as that of `anneal`; it falls to a fiftieth.
         moved: how often a stage goes to another device.
         seed: of what is drawn.
     """
@@ -208,7 +222,9 @@ def anneal_order(
     stages, memory = make_stages(problem, order.layers)
     best_s = now_s = order_step_s(stages, memory, problem, order, np.inf)
     now, best, new = _copy(order), _copy(order), _copy(order)
-    first = 0 if problem.trains_first else 1
+    # A stage told whole has no room for what split backwards keep.
+    may_split = ~stages.whole | (np.min(problem.memory) == np.inf)
+    may_split[0] = may_split[0] and problem.trains_first
     for number in range(num_tries):
         temperature = heat * _COLD ** (number / num_tries)
         _set(new, now)
@@ -219,7 +235,7 @@ def anneal_order(
                 new.layers[a:b, HOME] = np.random.randint(0, len(memory))
                 moves = True
             else:
-                _change(new, stages.home, first)
+                _change(new, stages.home, may_split)
             if np.random.random() < 0.5:
                 break
         if moves:
@@ -244,11 +260,12 @@ def _copy(order: Order) -> Order:
 
 @compiled
 def _set(order: Order, other: Order) -> None:
-    order.layers[:], order.tasks[:], order.num[:] = other
+    num = other.num[0]
+    order.layers[:], order.num[:], order.tasks[:num] = other.layers, other.num, other.tasks[:num]
 
 
 @compiled
-def _change(order: Order, home: np.ndarray, first: int) -> None:
+def _change(order: Order, home: np.ndarray, may_split: np.ndarray) -> None:
     """Move a task, split a backward, or make one whole."""
     tasks, num = order.tasks, order.num[0]
     i = np.random.randint(0, num)
@@ -261,7 +278,7 @@ def _change(order: Order, home: np.ndarray, first: int) -> None:
             j += step
             far -= home[tasks[j, 0]] == home[s]
         _move(tasks, i, j)
-    elif kind == B and s >= first:
+    elif kind == B and may_split[s]:
         tasks[i, 1] = I
         tasks[num, 0], tasks[num, 1], tasks[num, 2] = s, W, tasks[i, 2]
         order.num[0] += 1

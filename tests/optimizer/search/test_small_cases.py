@@ -10,7 +10,7 @@ from jaxptis.cluster import Cluster, Link
 from jaxptis.optimizer import best_plan
 from jaxptis.optimizer.search.anneal import step_s_of
 from jaxptis.optimizer.search.best import to_plan
-from jaxptis.optimizer.search.polish import polished
+from jaxptis.optimizer.search.polish import order_of, polished
 from jaxptis.optimizer.search.search import search
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import simulate
@@ -42,7 +42,7 @@ def test_a_changed_step_takes_what_the_simulator_says(seed: int, blocking: bool)
     cluster = Cluster(cluster.devices, Link(latency_s=0.25 * blocking))
     problem = Problem.of(costs, cluster, num_microbatches, blocking=blocking)
     candidate = search(problem, time_limit_s=0.001, seed=0)[0].candidate
-    (order,) = polished(problem, [candidate], 50_000, seed)
+    (order,) = polished(problem, [candidate], [order_of(problem, candidate)], 50_000, seed)
     plan = to_plan(problem, order, [layer.name for layer in costs.layers])  # is checked
     step_s = simulate(plan, costs, cluster, blocking=blocking).step_s
     before_s, _ = step_s_of(problem, candidate, np.inf, np.empty((0, 3), np.int64))
