@@ -1,6 +1,6 @@
 r"""Sets steps planned by `best` beside those of interleaved 1F1B, predicted and measured.
 
-python -m experiments.gains --num_devices=4,8 --asleep --slower=4 --num_steps=1 \
+python -m experiments.gains --num_devices=4,8 --asleep --slower=4 --num_steps=3 \
     --json_output=experiments/results/gains_asleep.json
 MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000 \
 python -m experiments.launch --num_processes=2 --pin -- experiments.gains --num_devices=2 \
