@@ -28,7 +28,7 @@ DEVICE = DeviceSpec(kind="published", flops_per_s=1.0, bytes_per_s=1.0)
 
 CASES = flags.DEFINE_list(
     "cases",
-    ["4x8x58x2", "16x64x120x15", "64x256x128x10"],
+    ["4x8x58x4", "16x64x120x15", "64x256x128x10"],
     "Devices x microbatches x layers x time limit of the search, the largest last.",
 )
 LONGER_S = flags.DEFINE_list(
