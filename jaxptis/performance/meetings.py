@@ -148,11 +148,11 @@ def meet(
     P, N = len(begin) - 1, len(seconds)
     following = begin[:-1].copy()  # the task that a device runs next
     free_s = np.zeros(P)
+    ready_s = np.zeros(P)  # the same, infinite if it waits
     left_s = np.zeros(P)
     for d in range(P):
         left_s[d] = np.sum(seconds[begin[d] : begin[d + 1]])
     limit_s *= 1 + 1e-12  # sums in another order
-    waits = np.zeros(P, np.bool_)
     lacks = np.zeros(N, np.int64)  # crossings that are not there
     for x in range(len(read)):
         lacks[read[x]] += 1
@@ -160,21 +160,22 @@ def meet(
     oldest, newest = np.full((P, P), -1), np.full((P, P), -1)
     after = np.full(len(read), -1)
     num_held = np.zeros((P, P), np.int64)  # tasks that made them
+    # The devices with which each has something to exchange, either way, in their order.
+    peers, num_peers = np.empty((P, P), np.int64), np.zeros(P, np.int64)
     position = num_run = 0
     while num_run < N:
-        d = -1
-        for other in range(P):
-            if not waits[other] and (d < 0 or free_s[other] < free_s[d]):
+        d = 0
+        for other in range(1, P):
+            if ready_s[other] < ready_s[d]:
                 d = other
-        if d < 0 or free_s[d] + left_s[d] > limit_s:
+        if ready_s[d] + left_s[d] > limit_s or ready_s[d] == np.inf:
             return np.inf
         i, end = following[d], begin[d + 1]
         peer = -1
         soonest_s = np.inf
-        for other in range(P):
-            if oldest[d, other] < 0 and oldest[other, d] < 0:
-                continue
-            if waits[other]:
+        for k in range(num_peers[d]):
+            other = peers[d, k]
+            if ready_s[other] == np.inf:
                 peer = other
                 break
             wait_s = free_s[other] - free_s[d]
@@ -191,14 +192,14 @@ def meet(
             while x >= 0:
                 last_here = min(last_here, read[x])
                 x = after[x]
-            k = i
+            next_here = i
             later_s = np.inf
             for _ in range(_AHEAD):
                 if here_s <= there_s:
-                    if k >= last_here:
+                    if next_here >= last_here:
                         break
-                    here_s += seconds[k]
-                    k += 1
+                    here_s += seconds[next_here]
+                    next_here += 1
                 else:
                     if j >= last_there:
                         break
@@ -223,23 +224,48 @@ def meet(
                     x = after[x]
                 oldest[source, to], num_held[source, to] = -1, 0
                 longer_s = max(longer_s, way_s)
+                _remove(peers[source], num_peers, source, to)
             free_s[d] = free_s[peer] = max(free_s[d], free_s[peer]) + longer_s
-            waits[peer] = False
+            ready_s[d] = ready_s[peer] = free_s[d]
         elif i == end or lacks[i] or full:
-            waits[d] = True
+            ready_s[d] = np.inf
         else:
             order[position] = i
             position += 1
             num_run += 1
             following[d] = i + 1
             free_s[d] += seconds[i]
+            ready_s[d] = free_s[d]
             left_s[d] -= seconds[i]
             for x in range(first[i], first[i + 1]):
                 to = target[x]
                 if oldest[d, to] < 0:
                     oldest[d, to] = x
+                    if oldest[to, d] < 0:
+                        _insert(peers[d], num_peers, d, to)
+                        _insert(peers[to], num_peers, to, d)
                 else:
                     after[newest[d, to]] = x
                 num_held[d, to] += num_held[d, to] == 0 or newest[d, to] < first[i]
                 newest[d, to] = x
     return np.max(free_s) if P else 0.0
+
+
+@compiled
+def _insert(peers: np.ndarray, num_peers: np.ndarray, device: int, other: int) -> None:
+    k = num_peers[device]
+    while k and peers[k - 1] > other:
+        peers[k] = peers[k - 1]
+        k -= 1
+    peers[k] = other
+    num_peers[device] += 1
+
+
+@compiled
+def _remove(peers: np.ndarray, num_peers: np.ndarray, device: int, other: int) -> None:
+    num_peers[device] -= 1
+    k = 0
+    while peers[k] != other:
+        k += 1
+    for j in range(k, num_peers[device]):
+        peers[j] = peers[j + 1]

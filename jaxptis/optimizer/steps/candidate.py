@@ -136,12 +136,11 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
         saved = problem.held[b, SAVED] - problem.held[a, SAVED]
         kept[s] = problem.held[b, KEPT] - problem.held[a, KEPT]
         room[s] = problem.input_bytes[a] if recompute else saved
-        if not whole[s]:
-            room[s] = max(room[s], kept[s])
         if s == 0 and not problem.trains_first:
             kept[s] = room[s]
         memory[d] -= problem.held[b, LASTING] - problem.held[a, LASTING]
-        most[d] = max(most[d], _passing_bytes(problem, a, b, layers[a], room[s]))
+        taken = room[s] if whole[s] else max(room[s], kept[s])
+        most[d] = max(most[d], _passing_bytes(problem, a, b, layers[a], taken))
         if b < num_layers:
             other = layers[b, HOME]
             crossing = problem.input_bytes[b]

@@ -97,6 +97,13 @@ def list_step_s(
     left_s = np.zeros(num_devices)
     # Bytes beside what a device holds, and beside what it would hold; see above.
     spare, safe = memory.copy(), memory.copy()
+    # What an input gradient may need more than its forward did: forwards leave it free.
+    reserve = np.zeros(num_devices)
+    for s in range(num_stages):
+        if not stages.whole[s]:
+            reserve[home[s]] = max(reserve[home[s]], stages.kept[s] - room[s])
+    spare -= reserve
+    safe -= reserve
     # What a device has to do before its last input gradient, and what follows on others then.
     path_s = np.zeros(num_devices)
     tail_s = 0.0
@@ -187,6 +194,8 @@ def list_step_s(
                 continue
         else:
             s, kind = backward, B if stages.whole[backward] else I
+            if kind == I and stages.kept[s] - room[s] > spare[d] + reserve[d]:
+                s, kind = weight, W
         m = done[s, kind] if kind != I else done[s, B]
         if records:
             order[position, 0], order[position, 1], order[position, 2] = s, kind, m
@@ -203,7 +212,7 @@ def list_step_s(
             was_backward[d] = False
             spare[d] -= room[s]
             if s == last:
-                safe[d] = memory[d]
+                safe[d] = memory[d] - reserve[d]
                 for k in range(count[d]):
                     safe[d] -= room[on[d, k]] * max(1, done[on[d, k], F] - done[s, F])
             elif m != next_through:
