@@ -148,7 +148,13 @@ def meet(
     P, N = len(begin) - 1, len(seconds)
     following = begin[:-1].copy()  # the task that a device runs next
     free_s = np.zeros(P)
-    ready_s = np.zeros(P)  # the same, infinite if it waits
+    size = 1
+    while size < P: size*=2
+    ready_s = np.full(size, np.inf)  # the same, infinite if it waits
+    ready_s[:P]=0.0
+    soonest=np.zeros(2*size,np.int64)
+    for d in range(size): soonest[size+d]=d
+    for d in range(size-1,0,-1): soonest[d]=soonest[2*d]
     left_s = np.zeros(P)
     for d in range(P):
         left_s[d] = np.sum(seconds[begin[d] : begin[d + 1]])
@@ -164,10 +170,7 @@ def meet(
     peers, num_peers = np.empty((P, P), np.int64), np.zeros(P, np.int64)
     position = num_run = 0
     while num_run < N:
-        d = 0
-        for other in range(1, P):
-            if ready_s[other] < ready_s[d]:
-                d = other
+        d = soonest[1]
         if ready_s[d] + left_s[d] > limit_s or ready_s[d] == np.inf:
             return np.inf
         i, end = following[d], begin[d + 1]
@@ -227,8 +230,11 @@ def meet(
                 _remove(peers[source], num_peers, source, to)
             free_s[d] = free_s[peer] = max(free_s[d], free_s[peer]) + longer_s
             ready_s[d] = ready_s[peer] = free_s[d]
+            _up(soonest,ready_s,d,size)
+            _up(soonest,ready_s,peer,size)
         elif i == end or lacks[i] or full:
             ready_s[d] = np.inf
+            _up(soonest,ready_s,d,size)
         else:
             order[position] = i
             position += 1
@@ -236,6 +242,7 @@ def meet(
             following[d] = i + 1
             free_s[d] += seconds[i]
             ready_s[d] = free_s[d]
+            _up(soonest,ready_s,d,size)
             left_s[d] -= seconds[i]
             for x in range(first[i], first[i + 1]):
                 to = target[x]
@@ -269,3 +276,12 @@ def _remove(peers: np.ndarray, num_peers: np.ndarray, device: int, other: int) -
         k += 1
     for j in range(k, num_peers[device]):
         peers[j] = peers[j + 1]
+
+
+@compiled
+def _up(soonest, ready_s, d, size):
+    k = (size + d) >> 1
+    while k:
+        a, b = soonest[2 * k], soonest[2 * k + 1]
+        soonest[k] = b if ready_s[b] < ready_s[a] else a
+        k >>= 1

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import inf
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -14,14 +15,37 @@ from jaxptis.optimizer.search.starts import in_memory, starts_of
 from jaxptis.optimizer.steps.candidate import HOME, RECOMPUTE, begins_stage
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, simulate
-from jaxptis.performance.check_memory import fits_memory
 from jaxptis.plan import Plan, StagePlan, Task
 from jaxptis.plan.task import KINDS
 
 _FINALISTS = 8  # are simulated as all plans are
 _OTHERS = 2  # plans of others are polished
 _POLISHED = 0.3  # of the time limit
-_TIGHTER = 0.97  # of the memory, if what was found needs more than the search knew
+_SEARCHES = 3  # the later ones if what was found needs more memory than the search knew
+_CLOSE = 1.01  # of the shortest that was found, a step that fits
+
+
+class _Tried(NamedTuple):
+    plan: Plan
+    step_s: float  # as it will run
+    lacks: list[int]  # bytes, of each device
+
+    @classmethod
+    def of(cls, plan: Plan, costs: Costs, cluster: Cluster, blocking: bool) -> Self:
+        timeline = simulate(plan, costs, cluster, blocking=blocking)
+        lacks = [0] * len(cluster.devices)
+        for device, curve in enumerate(timeline.memory):
+            has = cluster.devices[device].memory_bytes
+            lacks[device] = 0 if has is None else max(0, curve.peak_bytes - has)
+        return cls(plan, timeline.step_s, lacks)
+
+    @property
+    def fits(self) -> bool:
+        return not any(self.lacks)
+
+
+def _length(each: _Tried) -> float:
+    return each.step_s
 
 
 def best_plan(
@@ -65,15 +89,13 @@ def best_plan(
     names = [layer.name for layer in costs.layers]
     problem = Problem.of(costs, cluster, num_microbatches, blocking=blocking)
     others = list(others)
-    found = [*others]
+    known = list(others)
     if np.min(problem.memory) < inf:
-        fitted = (in_memory(problem, plan) for plan in others)
-        found += [plan for plan in fitted if plan not in others]
-    steps_s = [_step_s(plan, costs, cluster, blocking) for plan in found]
-    of_others_s = min(steps_s, default=inf)
-    step_of = dict(zip(found, steps_s, strict=True))
-    fit = sorted((plan for plan in step_of if step_of[plan] < inf), key=step_of.__getitem__)
-    begun = [order_like(problem, plan) for plan in fit[:_OTHERS]]
+        known += [in_memory(problem, plan) for plan in known]
+    tried = [_Tried.of(plan, costs, cluster, blocking) for plan in dict.fromkeys(known)]
+    fit = sorted((each for each in tried if each.fits), key=_length)
+    begun = [order_like(problem, each.plan) for each in fit[:_OTHERS]]
+    of_others_s = fit[0].step_s if fit else inf
     searched = 1 - _POLISHED if polishes_many(problem) else 1.0
     num_polished = int(_POLISHED * time_limit_s * 2 * TASKS_PER_S)  # tasks
 
@@ -81,15 +103,13 @@ def best_plan(
         if on_progress:
             on_progress(done * searched, min(step_s, of_others_s))
 
-    for tighter in (1.0, _TIGHTER, _TIGHTER**4):
-        if min(steps_s, default=inf) <= enough_s:
-            break
-        now = problem._replace(memory=problem.memory * tighter)
+    now, begin_with = problem, list(others)
+    for _ in range(_SEARCHES if of_others_s > enough_s else 0):
         finalists = search(
             now,
             time_limit_s=time_limit_s * searched,
             seed=seed,
-            starts=starts_of(now, others),
+            starts=starts_of(now, begin_with),
             enough_s=enough_s,
             on_progress=show,
         )[:_FINALISTS]
@@ -97,14 +117,17 @@ def best_plan(
         if finalists and finalists[0].step_s > enough_s:
             candidates = [each.candidate for each in finalists]
             orders += polished(now, candidates, [*orders, *begun], num_polished, seed)
-        new = [to_plan(now, order, names) for order in orders]
-        new_s = [_step_s(plan, costs, cluster, blocking) for plan in new]
-        found, steps_s = found + new, steps_s + new_s
-        if min(new_s, default=inf) < inf:
+        plans = [to_plan(now, order, names) for order in orders]
+        new = [_Tried.of(plan, costs, cluster, blocking) for plan in plans]
+        tried += new
+        shortest_s = min((each.step_s for each in new), default=inf)
+        if any(each.fits and each.step_s <= _CLOSE * shortest_s for each in new) or not new:
             break
-    shortest = min(range(len(found)), key=steps_s.__getitem__, default=0)
-    if found and steps_s[shortest] < inf:
-        return found[shortest]
+        now = now._replace(memory=now.memory - np.max([each.lacks for each in new], axis=0))
+        begin_with += plans[: len(finalists)]
+    fit = [each for each in tried if each.fits]
+    if fit:
+        return min(fit, key=_length).plan
     raise ValueError(
         f"no plan was found in which {num_layers} layers fit the memory of {num_devices} devices; "
         "pass more devices, or use smaller microbatches"
@@ -127,9 +150,3 @@ def to_plan(problem: Problem, order: Order, names: Sequence[str]) -> Plan:
     for stage, kind, microbatch in order.tasks[:num_tasks].tolist():
         rows[stages[stage].device].append(Task(stage, KINDS[kind], microbatch))
     return Plan(stages=stages, schedule=tuple(map(tuple, rows)))
-
-
-def _step_s(plan: Plan, costs: Costs, cluster: Cluster, blocking: bool) -> float:
-    """Return the seconds of a step as it will run; infinite if a device has too little memory."""
-    timeline = simulate(plan, costs, cluster, blocking=blocking)
-    return timeline.step_s if fits_memory(timeline, cluster) else inf

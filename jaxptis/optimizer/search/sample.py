@@ -21,6 +21,7 @@ LOOPS, ZIGZAG, SHUFFLED, NUM_PLACEMENTS = range(4)
 """A leg has a stage on each device: always from the first to the last, or up and down, or each leg
 in an order of its own."""
 
+_MOST_TRIED = 10  # for each that is drawn
 _NOISE = np.array([0.0, 0.1, 0.3, 0.6])  # of the logarithm of a stage's share
 
 
@@ -52,12 +53,15 @@ def sample(
     layers[:, WINDOW] = M
     ends_s = np.empty(len(problem.speed))
     crowded = np.min(problem.memory) < np.inf
-    for _ in range(num):
+    num_drawn = num_tried = 0
+    while num_drawn < num and num_tried < _MOST_TRIED * num:
+        num_drawn, num_tried = num_drawn + 1, num_tried + 1
         _draw(layers, work_s, problem.speed, max_stages)
         layers[:, CUT] = max_stages >= L and np.random.random() < 0.1
         if crowded:
             layers[:, WHOLE] = np.random.randint(0, 2)
-            layers[:, RECOMPUTE] = np.random.random() < 0.3
+            layers[:, RECOMPUTE] = 0
+            layers[: _num_recomputed(L), RECOMPUTE] = 1
             _draw_windows(layers, M, len(problem.speed))
         rule = Rule(
             np.random.random() < 0.6,
@@ -69,7 +73,8 @@ def sample(
         worst = np.argmax(steps_s)
         if least_s(problem, layers, ends_s) > steps_s[worst]:
             continue
-        step_s, _ = step_s_of(problem, Candidate(layers, rule), steps_s[worst], no_order)
+        step_s, looked_at = step_s_of(problem, Candidate(layers, rule), steps_s[worst], no_order)
+        num_drawn -= crowded and looked_at == 0  # it has no memory to begin
         if step_s < steps_s[worst] and np.min(np.abs(steps_s - step_s)) > 1e-9 * step_s:
             kept[worst] = layers
             steps_s[worst] = step_s
@@ -108,6 +113,13 @@ def _draw(layers: np.ndarray, work_s: np.ndarray, speed: np.ndarray, max_stages:
         while s < num_stages - 1 and work_s[layer] + work_s[layer + 1] > 2 * ends_s[s]:
             s += 1
         layers[layer, HOME] = home[s]
+
+
+@compiled
+def _num_recomputed(num_layers: int) -> int:
+    """Return none, all, or any number of the first layers: later ones are saved less long."""
+    part = 3.0 * np.random.random() - 1.0
+    return int(num_layers * min(1.0, max(0.0, part)))
 
 
 @compiled
