@@ -123,7 +123,7 @@ def best_plan(
         shortest_s = min((each.step_s for each in new), default=inf)
         if any(each.fits and each.step_s <= _CLOSE * shortest_s for each in new) or not new:
             break
-        now = now._replace(memory=now.memory - np.max([each.lacks for each in new], axis=0))
+        now = now._replace(memory=now.memory - max(max(each.lacks) for each in new))
         begin_with += plans[: len(finalists)]
     fit = [each for each in tried if each.fits]
     if fit:
