@@ -118,7 +118,7 @@ def _draw(layers: np.ndarray, work_s: np.ndarray, speed: np.ndarray, max_stages:
 @compiled
 def _num_recomputed(num_layers: int) -> int:
     """Return none, all, or any number of the first layers: later ones are saved less long."""
-    part = 3.0 * np.random.random() - 1.0
+    part = (np.random.random() - 0.7) / 0.15
     return int(num_layers * min(1.0, max(0.0, part)))
 
 
