@@ -148,13 +148,16 @@ def meet(
     P, N = len(begin) - 1, len(seconds)
     following = begin[:-1].copy()  # the task that a device runs next
     free_s = np.zeros(P)
-    size = 1
-    while size < P: size*=2
-    ready_s = np.full(size, np.inf)  # the same, infinite if it waits
-    ready_s[:P]=0.0
-    soonest=np.zeros(2*size,np.int64)
-    for d in range(size): soonest[size+d]=d
-    for d in range(size-1,0,-1): soonest[d]=soonest[2*d]
+    num_leaves = 1
+    while num_leaves < P:
+        num_leaves *= 2
+    ready_s = np.full(num_leaves, np.inf)  # the same, infinite if it waits
+    ready_s[:P] = 0.0
+    # A tree over devices: who is ready first of those below node k, which has 2 k and 2 k + 1.
+    soonest = np.empty(2 * num_leaves, np.int64)
+    soonest[num_leaves:] = np.arange(num_leaves)
+    for k in range(num_leaves - 1, 0, -1):
+        soonest[k] = soonest[2 * k]
     left_s = np.zeros(P)
     for d in range(P):
         left_s[d] = np.sum(seconds[begin[d] : begin[d + 1]])
@@ -230,11 +233,11 @@ def meet(
                 _remove(peers[source], num_peers, source, to)
             free_s[d] = free_s[peer] = max(free_s[d], free_s[peer]) + longer_s
             ready_s[d] = ready_s[peer] = free_s[d]
-            _up(soonest,ready_s,d,size)
-            _up(soonest,ready_s,peer,size)
+            _update(soonest, ready_s, d)
+            _update(soonest, ready_s, peer)
         elif i == end or lacks[i] or full:
             ready_s[d] = np.inf
-            _up(soonest,ready_s,d,size)
+            _update(soonest, ready_s, d)
         else:
             order[position] = i
             position += 1
@@ -242,7 +245,7 @@ def meet(
             following[d] = i + 1
             free_s[d] += seconds[i]
             ready_s[d] = free_s[d]
-            _up(soonest,ready_s,d,size)
+            _update(soonest, ready_s, d)
             left_s[d] -= seconds[i]
             for x in range(first[i], first[i + 1]):
                 to = target[x]
@@ -259,7 +262,18 @@ def meet(
 
 
 @compiled
+def _update(soonest: np.ndarray, ready_s: np.ndarray, device: int) -> None:
+    """Let the tree know that a device is ready at another time."""
+    k = (len(ready_s) + device) // 2
+    while k:
+        left, right = soonest[2 * k], soonest[2 * k + 1]
+        soonest[k] = right if ready_s[right] < ready_s[left] else left
+        k //= 2
+
+
+@compiled
 def _insert(peers: np.ndarray, num_peers: np.ndarray, device: int, other: int) -> None:
+    """Put another device among the sorted peers of a device."""
     k = num_peers[device]
     while k and peers[k - 1] > other:
         peers[k] = peers[k - 1]
@@ -270,18 +284,10 @@ def _insert(peers: np.ndarray, num_peers: np.ndarray, device: int, other: int) -
 
 @compiled
 def _remove(peers: np.ndarray, num_peers: np.ndarray, device: int, other: int) -> None:
+    """Take another device from the peers of a device."""
     num_peers[device] -= 1
     k = 0
     while peers[k] != other:
         k += 1
     for j in range(k, num_peers[device]):
         peers[j] = peers[j + 1]
-
-
-@compiled
-def _up(soonest, ready_s, d, size):
-    k = (size + d) >> 1
-    while k:
-        a, b = soonest[2 * k], soonest[2 * k + 1]
-        soonest[k] = b if ready_s[b] < ready_s[a] else a
-        k >>= 1

@@ -222,7 +222,7 @@ def anneal_order(
     stages, memory = make_stages(problem, order.layers)
     best_s = now_s = order_step_s(stages, memory, problem, order, np.inf)
     now, best, new = _copy(order), _copy(order), _copy(order)
-    # A stage told whole has no room for what split backwards keep.
+    # What tasks of a stage told whole need, beside its microbatches, is not that of split backwards.
     may_split = ~stages.whole | (np.min(problem.memory) == np.inf)
     may_split[0] = may_split[0] and problem.trains_first
     for number in range(num_tries):

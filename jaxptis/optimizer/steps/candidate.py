@@ -17,7 +17,6 @@ HOME, CUT, WINDOW, WHOLE, RECOMPUTE = range(5)
 before is on the same device; of a stage that begins with it, the most microbatches between forward
 and backward, whether backwards are whole, and whether all is recomputed."""
 NUM_COLUMNS = 5
-_EARLY = 2  # inputs of a stage that come before they are read
 
 
 class Candidate(NamedTuple):
@@ -145,8 +144,6 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
         if b < num_layers:
             other = layers[b, HOME]
             crossing = problem.input_bytes[b]
-            if other != d:
-                memory[other] -= _EARLY * crossing
             lag_s[s, 0] = problem.latency_s[d, other] + crossing * problem.byte_s[d, other]
             lag_s[s + 1, 1] = problem.latency_s[other, d] + crossing * problem.byte_s[other, d]
     memory -= most

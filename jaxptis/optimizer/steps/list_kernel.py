@@ -5,8 +5,10 @@ then, and what others start later arrives later: so no decision comes too early.
 microbatches in order; so all that must be known of it is which come next, and when they arrive.
 
 A forward starts only if its device has room for it, and if, with all microbatches gone that have
-all their forwards there behind them, the next one would have room for all of its own. These do go,
-as backwards need no more room; then so does the next one: no rule leads into a deadlock.
+all their forwards there behind them, the next one would have room for all of its own. These do go:
+backwards need no more room, and if an input gradient keeps more than was saved, forwards leave free
+what one of them does, and weight gradients free what others have taken. Then so does the next one:
+no rule leads into a deadlock.
 """
 
 from typing import NamedTuple
@@ -54,7 +56,7 @@ class Stages(NamedTuple):
         lag_s: [S, 2] until what a forward makes is at the next stage, and what a backward makes at
             the one before.
         room: [S] bytes that a microbatch has from its forward to its backward.
-        kept: [S] bytes of these that it has from I to W.
+        kept: [S] bytes that it has from I to W.
         window: [S] the most microbatches between forward and backward, 1 or more.
         whole: [S] whether backwards are whole.
     """
