@@ -17,10 +17,15 @@ _REMEDIES = {
 
 def fits_memory(timeline: Timeline, cluster: Cluster) -> bool:
     """Whether every device has the memory that it needs; see `check_memory`."""
-    return all(
-        device.memory_bytes is None or curve.peak_bytes <= device.memory_bytes
+    return not any(lacking_bytes(timeline, cluster))
+
+
+def lacking_bytes(timeline: Timeline, cluster: Cluster) -> list[int]:
+    """Return the bytes that every device needs beyond its memory; 0 if it has enough."""
+    return [
+        0 if device.memory_bytes is None else max(0, curve.peak_bytes - device.memory_bytes)
         for curve, device in zip(timeline.memory, cluster.devices, strict=False)
-    )
+    ]
 
 
 def check_memory(timeline: Timeline, cluster: Cluster) -> None:

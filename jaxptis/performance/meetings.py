@@ -147,11 +147,11 @@ def meet(
     """
     P, N = len(begin) - 1, len(seconds)
     following = begin[:-1].copy()  # the task that a device runs next
-    free_s = np.zeros(P)
+    free_s = np.zeros(P)  # when each is done
     num_leaves = 1
     while num_leaves < P:
         num_leaves *= 2
-    ready_s = np.full(num_leaves, np.inf)  # the same, infinite if it waits
+    ready_s = np.full(num_leaves, np.inf)  # likewise, but infinite while it waits
     ready_s[:P] = 0.0
     # A tree over devices: who is ready first of those below node k, which has 2 k and 2 k + 1.
     soonest = np.empty(2 * num_leaves, np.int64)

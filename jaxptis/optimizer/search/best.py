@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from math import inf
+from operator import attrgetter
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -15,37 +16,26 @@ from jaxptis.optimizer.search.starts import in_memory, starts_of
 from jaxptis.optimizer.steps.candidate import HOME, RECOMPUTE, begins_stage
 from jaxptis.optimizer.steps.problem import Problem
 from jaxptis.performance import Costs, simulate
+from jaxptis.performance.check_memory import lacking_bytes
 from jaxptis.plan import Plan, StagePlan, Task
 from jaxptis.plan.task import KINDS
 
 _FINALISTS = 8  # are simulated as all plans are
 _OTHERS = 2  # plans of others are polished
 _POLISHED = 0.3  # of the time limit
-_SEARCHES = 3  # the later ones if what was found needs more memory than the search knew
-_CLOSE = 1.01  # of the shortest that was found, a step that fits
+_SEARCHES = 4  # at most: later ones if what was found needs more memory than the search counted
+_CLOSE = 1.01  # times the shortest step of a search, whether it fits or not, is short enough
 
 
 class _Tried(NamedTuple):
     plan: Plan
     step_s: float  # as it will run
-    lacks: list[int]  # bytes, of each device
+    lacking_bytes: int  # of the device that lacks most
 
     @classmethod
     def of(cls, plan: Plan, costs: Costs, cluster: Cluster, blocking: bool) -> Self:
         timeline = simulate(plan, costs, cluster, blocking=blocking)
-        lacks = [0] * len(cluster.devices)
-        for device, curve in enumerate(timeline.memory):
-            has = cluster.devices[device].memory_bytes
-            lacks[device] = 0 if has is None else max(0, curve.peak_bytes - has)
-        return cls(plan, timeline.step_s, lacks)
-
-    @property
-    def fits(self) -> bool:
-        return not any(self.lacks)
-
-
-def _length(each: _Tried) -> float:
-    return each.step_s
+        return cls(plan, timeline.step_s, max(lacking_bytes(timeline, cluster)))
 
 
 def best_plan(
@@ -70,13 +60,13 @@ def best_plan(
             returned is no worse than any that fits the memory.
         time_limit_s: how long to search, on about two cores. It stands for an amount of work: the
             same limit and seed find the same plan on a slower machine. Small models take less; up
-            to three times as long, if what is found needs more memory than the search counted.
+            to four times as long, if the shortest steps need more memory than the search counted.
         tolerance: the search ends when the gap to the certificate's bound is no larger; a fraction.
         seed: of what is drawn.
         blocking: whether transfers hold up both of their devices, as when a plan runs; if not, they
             only take time.
-        on_progress: is told now and then which fraction of the search is done, and the shortest
-            step so far, in seconds; infinite if there is none.
+        on_progress: is told now and then which fraction of the first search is done, and the
+            shortest step so far, in seconds; infinite if there is none.
 
     Raises:
         ValueError: no plan can fit the memory (says what would do), or none was found that does.
@@ -92,8 +82,7 @@ def best_plan(
     known = list(others)
     if np.min(problem.memory) < inf:
         known += [in_memory(problem, plan) for plan in known]
-    tried = [_Tried.of(plan, costs, cluster, blocking) for plan in dict.fromkeys(known)]
-    fit = sorted((each for each in tried if each.fits), key=_length)
+    fit = _fitting(_Tried.of(plan, costs, cluster, blocking) for plan in dict.fromkeys(known))
     begun = [order_like(problem, each.plan) for each in fit[:_OTHERS]]
     of_others_s = fit[0].step_s if fit else inf
     searched = 1 - _POLISHED if polishes_many(problem) else 1.0
@@ -104,14 +93,17 @@ def best_plan(
             on_progress(done * searched, min(step_s, of_others_s))
 
     now, begin_with = problem, list(others)
-    for _ in range(_SEARCHES if of_others_s > enough_s else 0):
+    goal_s, less_bytes = enough_s, 0.0
+    for number in range(_SEARCHES):
+        if fit and fit[0].step_s <= goal_s:
+            break
         finalists = search(
             now,
             time_limit_s=time_limit_s * searched,
             seed=seed,
             starts=starts_of(now, begin_with),
             enough_s=enough_s,
-            on_progress=show,
+            on_progress=show if number == 0 else None,
         )[:_FINALISTS]
         orders = [order_of(now, each.candidate) for each in finalists]
         if finalists and finalists[0].step_s > enough_s:
@@ -119,19 +111,23 @@ def best_plan(
             orders += polished(now, candidates, [*orders, *begun], num_polished, seed)
         plans = [to_plan(now, order, names) for order in orders]
         new = [_Tried.of(plan, costs, cluster, blocking) for plan in plans]
-        tried += new
-        shortest_s = min((each.step_s for each in new), default=inf)
-        if any(each.fits and each.step_s <= _CLOSE * shortest_s for each in new) or not new:
-            break
-        now = now._replace(memory=now.memory - max(max(each.lacks) for each in new))
+        fit = _fitting([*fit, *new])
+        goal_s = max(enough_s, _CLOSE * min((each.step_s for each in new), default=0.0))
+        lacking = [each.lacking_bytes for each in new if each.lacking_bytes]
+        less_bytes = less_bytes + 2**number * min(lacking) if lacking else less_bytes / 2
+        now = problem._replace(memory=np.maximum(problem.memory - less_bytes, 0.0))
         begin_with += plans[: len(finalists)]
-    fit = [each for each in tried if each.fits]
     if fit:
-        return min(fit, key=_length).plan
+        return fit[0].plan
     raise ValueError(
         f"no plan was found in which {num_layers} layers fit the memory of {num_devices} devices; "
         "pass more devices, or use smaller microbatches"
     )
+
+
+def _fitting(tried: Iterable[_Tried]) -> list[_Tried]:
+    """Return those that fit the memory, the shortest first."""
+    return sorted((each for each in tried if not each.lacking_bytes), key=attrgetter("step_s"))
 
 
 def to_plan(problem: Problem, order: Order, names: Sequence[str]) -> Plan:

@@ -222,7 +222,7 @@ def anneal_order(
     stages, memory = make_stages(problem, order.layers)
     best_s = now_s = order_step_s(stages, memory, problem, order, np.inf)
     now, best, new = _copy(order), _copy(order), _copy(order)
-    # What tasks of a stage told whole need, beside its microbatches, is not that of split backwards.
+    # What is counted for tasks of a stage told whole is not what split backwards need.
     may_split = ~stages.whole | (np.min(problem.memory) == np.inf)
     may_split[0] = may_split[0] and problem.trains_first
     for number in range(num_tries):

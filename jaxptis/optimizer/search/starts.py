@@ -84,15 +84,17 @@ def layers_like(plan: Plan) -> np.ndarray:
 def filled(problem: Problem, layers: np.ndarray) -> np.ndarray:
     """Return layers that are all recomputed, less those for which there is memory.
 
-    There is if their device can hold what all its stages save of as many microbatches as they may
-    have ahead. Stages that take most to recompute, for their bytes, are saved first.
+    There is if their device can hold what all its stages save, or keep for weight gradients, of as
+    many microbatches as they may have ahead. Stages that take most to recompute, for their bytes,
+    are saved first.
     """
     layers = layers.copy()
     stages, free = make_stages(problem, layers)
-    np.subtract.at(free, stages.home, stages.window * stages.room)
+    room = np.where(stages.whole, stages.room, np.maximum(stages.room, stages.kept))
+    np.subtract.at(free, stages.home, stages.window * room)
     ends = np.append(np.flatnonzero(_begins(layers)), len(layers))
     again_s = np.diff(problem.seconds[ends, AGAIN])
-    saved = np.maximum(np.diff(problem.held[ends, SAVED]) - stages.room, 0.0)
+    saved = np.maximum(np.diff(problem.held[ends, SAVED]) - room, 0.0)
     more = stages.window * saved
     for s in np.argsort(more / np.maximum(again_s, 1e-12), kind="stable"):
         if more[s] <= free[stages.home[s]]:

@@ -21,6 +21,7 @@ F, B, I, W = range(4)  # noqa: E741
 OLDEST, DEEPEST, SHALLOWEST = range(3)
 """Which of several stages goes first: that of the oldest microbatch, the last one, the first."""
 
+_ROUNDING = 0.5  # of bytes
 MOST_STRETCHED = 5.0  # of a rule that is searched
 
 
@@ -97,15 +98,14 @@ def list_step_s(
     on = np.empty((num_devices, num_stages), np.int64)
     count = np.zeros(num_devices, np.int64)
     left_s = np.zeros(num_devices)
-    # Bytes beside what a device holds, and beside what it would hold; see above.
-    spare, safe = memory.copy(), memory.copy()
-    # What an input gradient may need more than its forward did: forwards leave it free.
-    reserve = np.zeros(num_devices)
+    # What an input gradient keeps beside what was saved: forwards leave the most of it free.
+    more, reserve = np.zeros(num_stages), np.zeros(num_devices)
     for s in range(num_stages):
         if not stages.whole[s]:
-            reserve[home[s]] = max(reserve[home[s]], stages.kept[s] - room[s])
-    spare -= reserve
-    safe -= reserve
+            more[s] = stages.kept[s] - room[s]
+            reserve[home[s]] = max(reserve[home[s]], more[s])
+    # Bytes for forwards, beside what a device holds, and beside what it would hold; see above.
+    spare, safe = memory - reserve, memory - reserve
     # What a device has to do before its last input gradient, and what follows on others then.
     path_s = np.zeros(num_devices)
     tail_s = 0.0
@@ -153,6 +153,7 @@ def list_step_s(
         # What could start now, and what goes first of it.
         forward, backward, weight = -1, -1, -1
         crowded = False  # a forward waits for memory
+        held_up = False  # an input gradient does
         soon_s = np.inf
         forward_due_s = backward_due_s = blocked_due_s = np.inf
         last = on[d, count[d] - 1]
@@ -163,8 +164,12 @@ def list_step_s(
                 weight = s
             m = done[s, B]
             if m < M:
+                roomy = more[s] <= spare[d] + reserve[d] + _ROUNDING
                 if arrival_s[s, 1, m] > now_s:
-                    soon_s = min(soon_s, arrival_s[s, 1, m])
+                    if roomy:
+                        soon_s = min(soon_s, arrival_s[s, 1, m])
+                elif not roomy:
+                    held_up = True
                 elif by_due:
                     if due_s[s, 1] + m * pace_s < backward_due_s:
                         backward, backward_due_s = s, due_s[s, 1] + m * pace_s
@@ -187,17 +192,16 @@ def list_step_s(
         turn = was_backward[d] and rule.alternate
         if by_due:
             turn = (forward_due_s if forward >= 0 else blocked_due_s) < backward_due_s
-        if forward >= 0 and (turn or backward < 0):
+        if forward >= 0 and (turn or (backward < 0 and not held_up)):
             s, kind = forward, F
         elif weight >= 0 and (backward < 0 or (turn and crowded)):
             s, kind = weight, W
-            if soon_s - now_s < rule.patience * seconds[s, W] and not crowded:
+            waits = soon_s - now_s < rule.patience * seconds[s, W]
+            if waits and not crowded and not held_up:
                 next_s[d] = soon_s
                 continue
         else:
             s, kind = backward, B if stages.whole[backward] else I
-            if kind == I and stages.kept[s] - room[s] > spare[d] + reserve[d]:
-                s, kind = weight, W
         m = done[s, kind] if kind != I else done[s, B]
         if records:
             order[position, 0], order[position, 1], order[position, 2] = s, kind, m

@@ -44,6 +44,7 @@ def _case(seed: int, *, memory_bytes: int | None = None) -> tuple[Costs, Cluster
                 recompute_s=random.randint(0, 9),
                 input_bytes=random.randint(0, 5) * (index > 0 and memory_bytes is None),
                 saved_bytes=random.randint(0, 5),
+                kept_bytes=random.randint(0, 9) if memory_bytes else 0,
             )
             for index in range(num_layers)
         ),
@@ -127,8 +128,11 @@ def test_room_for_one_microbatch_is_enough_for_any_rule(seed: int) -> None:
     """What devices keep room for can always go on, whatever else has filled them."""
     costs, cluster, candidate, num_microbatches = _case(seed, memory_bytes=10_000)
     stages, memory = make_stages(Problem.of(costs, cluster, num_microbatches), candidate.layers)
-    needed = np.zeros(len(memory))
+    needed, more = np.zeros(len(memory)), np.zeros(len(memory))
     np.add.at(needed, stages.home, stages.room)
+    splits = ~stages.whole
+    np.maximum.at(more, stages.home[splits], (stages.kept - stages.room)[splits])
+    needed += more  # of the input gradient that keeps most beside what was saved
     step_s, _ = list_step_s(stages, needed, num_microbatches, candidate.rule, np.inf, NO_ORDER)
     assert step_s < np.inf
     busiest = int(np.argmax(needed))
@@ -138,6 +142,37 @@ def test_room_for_one_microbatch_is_enough_for_any_rule(seed: int) -> None:
             np.inf,
             0,
         )
+
+
+def test_what_an_input_gradient_keeps_needs_room_from_then_on() -> None:
+    """If all is recomputed, three more inputs have room for the pipeline, and not three more W."""
+    P, M = 4, 8
+    layers = tuple(
+        LayerCost(
+            name=f"layer{index}",
+            forward_s=1.0,
+            backward_s=2.0,
+            input_grad_s=1.0,
+            weight_grad_s=1.0,
+            saved_bytes=9,
+            kept_bytes=10,
+            input_bytes=1,
+        )
+        for index in range(P + 1)
+    )
+    table = np.zeros((P + 1, NUM_COLUMNS), np.int64)
+    table[:, HOME] = [0, *range(P)]
+    table[:, WINDOW], table[:, RECOMPUTE] = M, 1
+    rule = Rule(True, 0, 0, 0.0, 0.0)
+
+    def step_s(memory_bytes: int) -> float:
+        cluster = Cluster((device(memory_bytes=memory_bytes),) * P)
+        problem = Problem.of(Costs(layers), cluster, M)
+        return step_s_of(problem, Candidate(table, rule), np.inf, NO_ORDER)[0]
+
+    least = next(num_bytes for num_bytes in range(1, 100) if step_s(num_bytes) < np.inf)
+    assert step_s(least) == M * (2 * (P + 1) + 2)  # one microbatch there at a time
+    assert step_s(least + P - 1) == step_s(1000) < 50
 
 
 def test_only_the_oldest_microbatch_has_room_kept_for_it() -> None:
