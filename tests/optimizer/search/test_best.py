@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from random import Random
 
 import pytest
 
-from jaxptis.cluster import Cluster
+from jaxptis.cluster import Cluster, Link
 from jaxptis.make_plan import make_plan
 from jaxptis.optimizer import best_plan
 from jaxptis.performance import Costs, LayerCost, TiedParams, simulate
@@ -78,6 +79,35 @@ def test_memory_is_kept(costs: Costs) -> None:
     found = simulate(plan, costs)
     assert max(curve.peak_bytes for curve in found.memory) <= limit
     assert found.step_s < timeline.step_s / 1.2
+
+
+@pytest.mark.parametrize(("seed", "memory_bytes"), [(8, 20), (8, 25), (11, 16), (21, 40)])
+def test_inputs_that_come_early_have_room(seed: int, memory_bytes: int) -> None:
+    """The search does not count them: of what it finds first, nothing fits the memory."""
+    random = Random(seed)
+    num_layers, num_devices = random.randint(6, 12), random.randint(2, 4)
+    input_bytes = random.randint(1, 2)
+    costs = Costs(
+        tuple(
+            LayerCost(
+                name=f"layer{index}",
+                forward_s=random.randint(1, 5),
+                backward_s=8,
+                input_grad_s=4,
+                weight_grad_s=4,
+                recompute_s=2,
+                input_bytes=input_bytes * (index > 0),
+                saved_bytes=random.randint(1, 5),
+                kept_bytes=3,
+            )
+            for index in range(num_layers)
+        )
+    )
+    link = Link(latency_s=0.1, bytes_per_s=100)
+    cluster = Cluster((device(memory_bytes=memory_bytes),) * num_devices, link)
+    plan = best_plan(costs, cluster, 8, time_limit_s=QUICK)
+    for curve in simulate(plan, costs, cluster, blocking=True).memory:
+        assert curve.peak_bytes <= memory_bytes
 
 
 def test_slow_devices_have_less_to_do(costs: Costs) -> None:
