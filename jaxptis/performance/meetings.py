@@ -187,31 +187,10 @@ def meet(
             wait_s = free_s[other] - free_s[d]
             if i < end and wait_s > _OF_NEXT * seconds[i]:
                 continue
-            # When they would meet later: before one of them reads what the other has made.
-            here_s, there_s, j = free_s[d], free_s[other], following[other]
-            last_here, last_there = end, begin[other + 1]
-            x = oldest[d, other]
-            while x >= 0:
-                last_there = min(last_there, read[x])
-                x = after[x]
-            x = oldest[other, d]
-            while x >= 0:
-                last_here = min(last_here, read[x])
-                x = after[x]
-            next_here = i
-            later_s = np.inf
-            for _ in range(_AHEAD):
-                if here_s <= there_s:
-                    if next_here >= last_here:
-                        break
-                    here_s += seconds[next_here]
-                    next_here += 1
-                else:
-                    if j >= last_there:
-                        break
-                    there_s += seconds[j]
-                    j += 1
-                later_s = min(later_s, abs(here_s - there_s))
+            here_end = _needed(end, read, after, oldest[other, d])
+            there = following[other]
+            there_end = _needed(begin[other + 1], read, after, oldest[d, other])
+            later_s = _later_s(seconds, i, here_end, free_s[d], there, there_end, free_s[other])
             if wait_s <= _OF_LATER * later_s and wait_s < soonest_s:
                 peer, soonest_s = other, wait_s
         full = False
@@ -259,6 +238,54 @@ def meet(
                 num_held[d, to] += num_held[d, to] == 0 or newest[d, to] < first[i]
                 newest[d, to] = x
     return np.max(free_s) if P else 0.0
+
+
+@compiled
+def _needed(end: int, read: np.ndarray, after: np.ndarray, crossing: int) -> int:
+    """Return the first task of a device that reads what another has for it, a list of crossings."""
+    while crossing >= 0:
+        end = min(end, read[crossing])
+        crossing = after[crossing]
+    return end
+
+
+@compiled
+def _later_s(
+    seconds: np.ndarray,
+    here: int,
+    here_end: int,
+    here_s: float,
+    there: int,
+    there_end: int,
+    there_s: float,
+) -> float:
+    """Return the least that one of two devices waits if they meet after any of their next tasks.
+
+    Before one of them reads what the other has made.
+
+    Args:
+        seconds: [N] of tasks.
+        here: the next task of one device.
+        here_end: the task at which it must have met the other.
+        here_s: when it is free.
+        there: likewise of the other.
+        there_end: likewise.
+        there_s: likewise.
+    """
+    least_s = np.inf
+    for _ in range(_AHEAD):
+        if here_s <= there_s:
+            if here >= here_end:
+                break
+            here_s += seconds[here]
+            here += 1
+        else:
+            if there >= there_end:
+                break
+            there_s += seconds[there]
+            there += 1
+        least_s = min(least_s, abs(here_s - there_s))
+    return least_s
 
 
 @compiled

@@ -39,7 +39,8 @@ class Predictor:
     def estimate_s(self, draft: Draft, limit_s: float) -> float:
         """Return the seconds of a step if no transfer holds up a device; infinite if above a limit.
 
-        Infinite, too, if a device lacks the memory for one microbatch.
+        Infinite, too, if a device lacks the memory for one microbatch in each of its stages, and
+        for what an input gradient keeps beside.
         """
         return _estimate_s(draft, self.problem, limit_s)
 

@@ -1,6 +1,7 @@
 """The best plan that a search finds, by the performance model, and never a worse one than given."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from math import inf
 from operator import attrgetter
@@ -65,8 +66,8 @@ def best_plan(
         seed: of what is drawn.
         blocking: whether transfers hold up both of their devices, as when a plan runs; if not, they
             only take time.
-        on_progress: is told now and then which fraction of the first search is done, and the
-            shortest step so far, in seconds; infinite if there is none.
+        on_progress: is told now and then which fraction is done, and the shortest step so far, in
+            seconds; infinite if there is none.
 
     Raises:
         ValueError: no plan can fit the memory (says what would do), or none was found that does.
@@ -84,45 +85,78 @@ def best_plan(
         known += [in_memory(problem, plan) for plan in known]
     fit = _fitting(_Tried.of(plan, costs, cluster, blocking) for plan in dict.fromkeys(known))
     begun = [order_like(problem, each.plan) for each in fit[:_OTHERS]]
-    of_others_s = fit[0].step_s if fit else inf
-    searched = 1 - _POLISHED if polishes_many(problem) else 1.0
-    num_polished = int(_POLISHED * time_limit_s * 2 * TASKS_PER_S)  # tasks
 
-    def show(done: float, step_s: float) -> None:
-        if on_progress:
-            on_progress(done * searched, min(step_s, of_others_s))
+    def show(number: int, done: float, step_s: float) -> None:
+        if on_progress:  # another search may follow, and is shown in what is left
+            shortest_s = min(step_s, fit[0].step_s if fit else inf)
+            on_progress(1 - _POLISHED**number * (1 - (1 - _POLISHED) * done), shortest_s)
 
-    now, begin_with = problem, list(others)
-    goal_s, less_bytes = enough_s, 0.0
+    goal_s, less_bytes, begin_with = enough_s, 0.0, list(others)
     for number in range(_SEARCHES):
         if fit and fit[0].step_s <= goal_s:
             break
-        finalists = search(
-            now,
-            time_limit_s=time_limit_s * searched,
+        found, changed = _search_once(
+            problem._replace(memory=np.maximum(problem.memory - less_bytes, 0.0)),
+            begin_with,
+            begun,
+            time_limit_s=time_limit_s,
             seed=seed,
-            starts=starts_of(now, begin_with),
             enough_s=enough_s,
-            on_progress=show if number == 0 else None,
-        )[:_FINALISTS]
-        orders = [order_of(now, each.candidate) for each in finalists]
-        if finalists and finalists[0].step_s > enough_s:
-            candidates = [each.candidate for each in finalists]
-            orders += polished(now, candidates, [*orders, *begun], num_polished, seed)
-        plans = [to_plan(now, order, names) for order in orders]
+            on_progress=partial(show, number),
+        )
+        plans = [to_plan(problem, order, names) for order in [*found, *changed]]
         new = [_Tried.of(plan, costs, cluster, blocking) for plan in plans]
         fit = _fitting([*fit, *new])
         goal_s = max(enough_s, _CLOSE * min((each.step_s for each in new), default=0.0))
+        # Twice as much of what lacks each time: it lacks again where other plans are found.
         lacking = [each.lacking_bytes for each in new if each.lacking_bytes]
         less_bytes = less_bytes + 2**number * min(lacking) if lacking else less_bytes / 2
-        now = problem._replace(memory=np.maximum(problem.memory - less_bytes, 0.0))
-        begin_with += plans[: len(finalists)]
-    if fit:
-        return fit[0].plan
-    raise ValueError(
-        f"no plan was found in which {num_layers} layers fit the memory of {num_devices} devices; "
-        "pass more devices, or use smaller microbatches"
-    )
+        begin_with += plans[: len(found)]
+    if not fit:
+        raise ValueError(
+            f"no plan was found in which {num_layers} layers fit the memory of {num_devices} "
+            "devices; pass more devices, or use smaller microbatches"
+        )
+    if on_progress:
+        on_progress(1.0, fit[0].step_s)
+    return fit[0].plan
+
+
+def _search_once(
+    problem: Problem,
+    others: Sequence[Plan],
+    begun: Sequence[Order],
+    *,
+    time_limit_s: float,
+    seed: int,
+    enough_s: float,
+    on_progress: Callable[[float, float], None],
+) -> tuple[list[Order], list[Order]]:
+    """Return the orders of the best candidates, and orders that were changed task by task.
+
+    Args:
+        problem: what to plan.
+        others: the search begins with these plans, too.
+        begun: orders to change, beside those that are found.
+        time_limit_s: of all.
+        seed: of what is drawn.
+        enough_s: a step as short as this ends the search.
+        on_progress: see `search`.
+    """
+    found = search(
+        problem,
+        time_limit_s=time_limit_s * (1 - _POLISHED if polishes_many(problem) else 1.0),
+        seed=seed,
+        starts=starts_of(problem, others),
+        enough_s=enough_s,
+        on_progress=on_progress,
+    )[:_FINALISTS]
+    candidates = [each.candidate for each in found]
+    orders = [order_of(problem, candidate) for candidate in candidates]
+    if not found or found[0].step_s <= enough_s:
+        return orders, []
+    num_tasks = int(_POLISHED * time_limit_s * 2 * TASKS_PER_S)
+    return orders, polished(problem, candidates, [*orders, *begun], num_tasks, seed)
 
 
 def _fitting(tried: Iterable[_Tried]) -> list[_Tried]:

@@ -70,6 +70,22 @@ def test_the_same_seed_finds_the_same(costs: Costs) -> None:
     assert first != other
 
 
+def test_progress_only_goes_on(costs: Costs) -> None:
+    told: list[tuple[float, float]] = []
+    plan = best_plan(
+        costs,
+        equal_devices(4),
+        8,
+        time_limit_s=QUICK,
+        on_progress=lambda done, step_s: told.append((done, step_s)),
+    )
+    done, steps_s = zip(*told, strict=True)
+    assert len(told) > 3
+    assert list(done) == sorted(done)
+    assert list(steps_s) == sorted(steps_s, reverse=True)
+    assert told[-1] == (1.0, simulate(plan, costs, blocking=True).step_s)
+
+
 def test_memory_is_kept(costs: Costs) -> None:
     """With what a device of 1F1B needs, and in less time than 1F1B."""
     baseline = make_plan(costs, "1f1b", cluster=equal_devices(4), num_microbatches=8)
