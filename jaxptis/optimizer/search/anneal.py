@@ -23,6 +23,8 @@ from jaxptis.performance.compiled import compiled
 
 _COLD = 0.05  # of the heat is left at the end
 _MOVE, _STEP = 4, 20  # tasks whose simulation takes as long as to make a move, or stages
+_EVENED = 0.8  # of the changes
+_SHIFTS, _SHIFT = 60, 6  # that are tried then; tasks whose simulation takes as long as one
 
 
 class Limits(NamedTuple):
@@ -64,8 +66,10 @@ def anneal(
     """Change a candidate again and again; return the best that was found, and its seconds.
 
     A change that makes the step longer by x of the best is kept with probability exp(-x / T),
-    where T falls from `heat` to a twentieth of it. Most changes are given up before they are
-    simulated: a device would have too much to do.
+    where T falls from `heat` to a twentieth of it. After most changes, layers go from stages to the
+    next ones until devices have about even work: that takes far less than a simulation, and without
+    it hardly any change of a good candidate is worth one. Many are given up before they are
+    simulated nevertheless: a device would have too much to do.
 
     Args:
         problem: what to plan.
@@ -95,6 +99,9 @@ def anneal(
         else:
             new_rule = _other_rule(rule)
         simulated += _MOVE
+        if np.random.random() < _EVENED:
+            _even(problem, changed, ends_s)
+            simulated += _SHIFTS * _SHIFT
         limit_s = now_s - temperature * best_s * np.log(1.0 - np.random.random())
         if least_s(problem, changed, ends_s) > limit_s:
             continue
@@ -160,6 +167,41 @@ def _exchange(layers: np.ndarray, i: int, j: int) -> None:
     home, other = layers[i, HOME], layers[j, HOME]
     layers[i : min(i + n, b), HOME] = other
     layers[j : min(j + m, other_b), HOME] = home
+
+
+@compiled
+def _even(problem: Problem, layers: np.ndarray, ends_s: np.ndarray) -> None:
+    """Shift boundaries between stages by a layer; what makes devices end more evenly stays.
+
+    Args:
+        problem: what to plan.
+        layers: of a candidate, which are changed.
+        ends_s: [P] to work in.
+    """
+    shifted = layers.copy()
+    least_s(problem, layers, ends_s)
+    now_s = _norm(ends_s)
+    for _ in range(_SHIFTS):
+        shifted[:] = layers
+        a, b = stage_around(shifted, np.random.randint(0, len(layers)))
+        if b - a == 1:  # it would be gone
+            continue
+        if np.random.random() < 0.5:
+            if a:
+                _give_back(shifted, a, a + 1, b)
+        elif b < len(layers):
+            _take(shifted, a, b - 1, b)
+        least_s(problem, shifted, ends_s)
+        new_s = _norm(ends_s)
+        if new_s < now_s:
+            layers[:], now_s = shifted, new_s
+
+
+@compiled
+def _norm(ends_s: np.ndarray) -> float:
+    """Return the 8-norm: about the longest, but not blind to the others."""
+    most_s = np.max(ends_s)
+    return most_s * np.sum((ends_s / most_s) ** 8) ** 0.125
 
 
 @compiled
