@@ -24,7 +24,8 @@ from jaxptis.performance.compiled import compiled
 _COLD = 0.05  # of the heat is left at the end
 _MOVE, _STEP = 4, 20  # tasks whose simulation takes as long as to make a move, or stages
 _EVENED = 0.8  # of the changes
-_SHIFTS, _SHIFT = 60, 6  # that are tried then; tasks whose simulation takes as long as one
+_MOST_SHIFTS = 60  # that are tried then
+_SHIFT = 6  # tasks whose simulation takes as long as to try one
 
 
 class Limits(NamedTuple):
@@ -66,10 +67,10 @@ def anneal(
     """Change a candidate again and again; return the best that was found, and its seconds.
 
     A change that makes the step longer by x of the best is kept with probability exp(-x / T),
-    where T falls from `heat` to a twentieth of it. After most changes, layers go from stages to the
-    next ones until devices have about even work: that takes far less than a simulation, and without
-    it hardly any change of a good candidate is worth one. Many are given up before they are
-    simulated nevertheless: a device would have too much to do.
+    where T falls from `heat` to a twentieth of it. After most changes, layers go from stages to
+    those beside, where that makes the work of devices more even: without it hardly any change of a
+    good candidate is worth a simulation. Many are given up before they are simulated nevertheless:
+    a device would have too much to do.
 
     Args:
         problem: what to plan.
@@ -100,8 +101,10 @@ def anneal(
             new_rule = _other_rule(rule)
         simulated += _MOVE
         if np.random.random() < _EVENED:
-            _even(problem, changed, ends_s)
-            simulated += _SHIFTS * _SHIFT
+            # Not much longer than half a simulation.
+            num_shifts = min(_MOST_SHIFTS, M * count_stages(changed) // _SHIFT)
+            _even(problem, changed, num_shifts, ends_s)
+            simulated += _SHIFT * num_shifts
         limit_s = now_s - temperature * best_s * np.log(1.0 - np.random.random())
         if least_s(problem, changed, ends_s) > limit_s:
             continue
@@ -170,38 +173,42 @@ def _exchange(layers: np.ndarray, i: int, j: int) -> None:
 
 
 @compiled
-def _even(problem: Problem, layers: np.ndarray, ends_s: np.ndarray) -> None:
-    """Shift boundaries between stages by a layer; what makes devices end more evenly stays.
+def _even(problem: Problem, layers: np.ndarray, num_shifts: int, ends_s: np.ndarray) -> None:
+    """Try to shift boundaries between devices by a layer; what lets them end more evenly stays.
 
     Args:
         problem: what to plan.
-        layers: of a candidate, which are changed.
+        layers: of a candidate, which are changed; its stages keep their devices.
+        num_shifts: that are tried.
         ends_s: [P] to work in.
     """
     shifted = layers.copy()
     least_s(problem, layers, ends_s)
-    now_s = _norm(ends_s)
-    for _ in range(_SHIFTS):
-        shifted[:] = layers
-        a, b = stage_around(shifted, np.random.randint(0, len(layers)))
-        if b - a == 1:  # it would be gone
+    now_s = _uneven_s(ends_s)
+    for _ in range(num_shifts):
+        a, b = stage_around(layers, np.random.randint(0, len(layers)))
+        earlier = np.random.random() < 0.5
+        other = a - 1 if earlier else b
+        if b - a == 1 or other < 0 or other == len(layers):  # the stage would be gone; no other
             continue
-        if np.random.random() < 0.5:
-            if a:
-                _give_back(shifted, a, a + 1, b)
-        elif b < len(layers):
+        if layers[other, HOME] == layers[a, HOME]:
+            continue
+        shifted[:] = layers
+        if earlier:
+            _give_back(shifted, a, a + 1, b)
+        else:
             _take(shifted, a, b - 1, b)
         least_s(problem, shifted, ends_s)
-        new_s = _norm(ends_s)
-        if new_s < now_s:
+        new_s = _uneven_s(ends_s)
+        if new_s < now_s * (1 - 1e-9):
             layers[:], now_s = shifted, new_s
 
 
 @compiled
-def _norm(ends_s: np.ndarray) -> float:
-    """Return the 8-norm: about the longest, but not blind to the others."""
-    most_s = np.max(ends_s)
-    return most_s * np.sum((ends_s / most_s) ** 8) ** 0.125
+def _uneven_s(ends_s: np.ndarray) -> float:
+    """Return the 8-norm: about when the last device ends, but not blind to the others."""
+    last_s = np.max(ends_s)
+    return last_s * np.sum((ends_s / last_s) ** 8) ** 0.125 if last_s else 0.0
 
 
 @compiled
@@ -209,7 +216,7 @@ def _give_back(layers: np.ndarray, a: int, e: int, b: int) -> None:
     """Let layers a to e of the stage from a to b be the last of the stage before."""
     layers[a:e, HOME] = layers[a - 1, HOME]
     if e < b:
-        layers[e, CUT] = layers[a, CUT]
+        layers[e, CUT:] = layers[a, CUT:]
     layers[a, CUT] = 0
 
 
@@ -218,7 +225,7 @@ def _take(layers: np.ndarray, a: int, e: int, b: int) -> None:
     """Let layers e to b of the stage from a to b be the first of the next."""
     layers[e:b, HOME] = layers[b, HOME]
     if e > a:
-        layers[e, CUT] = layers[b, CUT]
+        layers[e, CUT:] = layers[b, CUT:]
     layers[b, CUT] = 0
 
 
