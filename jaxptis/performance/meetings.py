@@ -187,9 +187,9 @@ def meet(
             wait_s = free_s[other] - free_s[d]
             if i < end and wait_s > _OF_NEXT * seconds[i]:
                 continue
-            here_end = _needed(end, read, after, oldest[other, d])
+            here_end = _first_reader(end, read, after, oldest[other, d])
             there = following[other]
-            there_end = _needed(begin[other + 1], read, after, oldest[d, other])
+            there_end = _first_reader(begin[other + 1], read, after, oldest[d, other])
             later_s = _later_s(seconds, i, here_end, free_s[d], there, there_end, free_s[other])
             if wait_s <= _OF_LATER * later_s and wait_s < soonest_s:
                 peer, soonest_s = other, wait_s
@@ -241,8 +241,8 @@ def meet(
 
 
 @compiled
-def _needed(end: int, read: np.ndarray, after: np.ndarray, crossing: int) -> int:
-    """Return the first task of a device that reads what another has for it, a list of crossings."""
+def _first_reader(end: int, read: np.ndarray, after: np.ndarray, crossing: int) -> int:
+    """Return the first task before `end` that reads a crossing, or one listed after it; or end."""
     while crossing >= 0:
         end = min(end, read[crossing])
         crossing = after[crossing]
@@ -259,18 +259,18 @@ def _later_s(
     there_end: int,
     there_s: float,
 ) -> float:
-    """Return the least that one of two devices waits if they meet after any of their next tasks.
+    """Return the least that one of two devices waits if they meet after some of their next tasks.
 
-    Before one of them reads what the other has made.
+    Infinite if they must meet before any.
 
     Args:
         seconds: [N] of tasks.
         here: the next task of one device.
-        here_end: the task at which it must have met the other.
+        here_end: the first task of it that they must meet before.
         here_s: when it is free.
-        there: likewise of the other.
-        there_end: likewise.
-        there_s: likewise.
+        there: the next task of the other.
+        there_end: the first task of that.
+        there_s: when it is free.
     """
     least_s = np.inf
     for _ in range(_AHEAD):

@@ -103,7 +103,7 @@ def anneal(
         if np.random.random() < _EVENED:
             # Not much longer than half a simulation.
             num_shifts = min(_MOST_SHIFTS, M * count_stages(changed) // _SHIFT)
-            _even(problem, changed, num_shifts, ends_s)
+            even_out(problem, changed, num_shifts, ends_s)
             simulated += _SHIFT * num_shifts
         limit_s = now_s - temperature * best_s * np.log(1.0 - np.random.random())
         if least_s(problem, changed, ends_s) > limit_s:
@@ -173,7 +173,7 @@ def _exchange(layers: np.ndarray, i: int, j: int) -> None:
 
 
 @compiled
-def _even(problem: Problem, layers: np.ndarray, num_shifts: int, ends_s: np.ndarray) -> None:
+def even_out(problem: Problem, layers: np.ndarray, num_shifts: int, ends_s: np.ndarray) -> None:
     """Try to shift boundaries between devices by a layer; what lets them end more evenly stays.
 
     Args:

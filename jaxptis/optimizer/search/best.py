@@ -25,6 +25,7 @@ _FINALISTS = 8  # are simulated as all plans are
 _OTHERS = 2  # plans of others are polished
 _POLISHED = 0.3  # of the time limit
 _SEARCHES = 4  # at most: later ones if what was found needs more memory than the search counted
+_SHOWN = 0.7  # of what is left, as the progress of a search
 _CLOSE = 1.01  # times the shortest step of a search, whether it fits or not, is short enough
 
 
@@ -66,8 +67,9 @@ def best_plan(
         seed: of what is drawn.
         blocking: whether transfers hold up both of their devices, as when a plan runs; if not, they
             only take time.
-        on_progress: is told now and then which fraction is done, and the shortest step so far, in
-            seconds; infinite if there is none.
+        on_progress: is told now and then which fraction is done, and the shortest step that was
+            found, in seconds; infinite if there is none. If that lacks memory, the search begins
+            again, and with it what is the shortest.
 
     Raises:
         ValueError: no plan can fit the memory (says what would do), or none was found that does.
@@ -89,7 +91,7 @@ def best_plan(
     def show(number: int, done: float, step_s: float) -> None:
         if on_progress:  # another search may follow, and is shown in what is left
             shortest_s = min(step_s, fit[0].step_s if fit else inf)
-            on_progress(1 - _POLISHED**number * (1 - (1 - _POLISHED) * done), shortest_s)
+            on_progress(1 - (1 - _SHOWN) ** number * (1 - _SHOWN * done), shortest_s)
 
     goal_s, less_bytes, begin_with = enough_s, 0.0, list(others)
     for number in range(_SEARCHES):
@@ -138,14 +140,15 @@ def _search_once(
         problem: what to plan.
         others: the search begins with these plans, too.
         begun: orders to change, beside those that are found.
-        time_limit_s: of all.
+        time_limit_s: see `best_plan`.
         seed: of what is drawn.
         enough_s: a step as short as this ends the search.
         on_progress: see `search`.
     """
+    searched = 1 - _POLISHED if polishes_many(problem) else 1.0
     found = search(
         problem,
-        time_limit_s=time_limit_s * (1 - _POLISHED if polishes_many(problem) else 1.0),
+        time_limit_s=time_limit_s * searched,
         seed=seed,
         starts=starts_of(problem, others),
         enough_s=enough_s,

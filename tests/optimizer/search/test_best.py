@@ -30,6 +30,32 @@ def equal_layers(param_bytes: Sequence[int]) -> Costs:
     return Costs(tuple(layers))
 
 
+def early_inputs(seed: int, memory_bytes: int) -> tuple[Costs, Cluster]:
+    """Return costs for 8 microbatches, inputs of which take much of the memory of the devices."""
+    random = Random(seed)
+    num_layers, num_devices = random.randint(6, 12), random.randint(2, 4)
+    input_bytes = random.randint(1, 2)
+    costs = Costs(
+        tuple(
+            LayerCost(
+                name=f"layer{index}",
+                forward_s=random.randint(1, 5),
+                backward_s=8,
+                input_grad_s=4,
+                weight_grad_s=4,
+                recompute_s=2,
+                input_bytes=input_bytes * (index > 0),
+                saved_bytes=random.randint(1, 5),
+                kept_bytes=3,
+            )
+            for index in range(num_layers)
+        )
+    )
+    link = Link(latency_s=0.1, bytes_per_s=100)
+    cluster = Cluster((device(memory_bytes=memory_bytes),) * num_devices, link)
+    return costs, cluster
+
+
 def test_published_models() -> None:
     """Shorter on average than what their planner found, links free, in a short search.
 
@@ -86,6 +112,17 @@ def test_progress_only_goes_on(costs: Costs) -> None:
     assert told[-1] == (1.0, simulate(plan, costs, blocking=True).step_s)
 
 
+def test_progress_goes_on_in_another_search() -> None:
+    """With the first one, no more than 70 % is done."""
+    told: list[float] = []
+    costs, cluster = early_inputs(8, 25)
+    best_plan(costs, cluster, 8, time_limit_s=QUICK, on_progress=lambda done, _: told.append(done))
+    assert told == sorted(told)
+    assert told[0] < 0.1
+    assert any(0.7 <= done < 1.0 for done in told)
+    assert told[-1] == 1.0
+
+
 def test_memory_is_kept(costs: Costs) -> None:
     """With what a device of 1F1B needs, and in less time than 1F1B."""
     baseline = make_plan(costs, "1f1b", cluster=equal_devices(4), num_microbatches=8)
@@ -100,27 +137,7 @@ def test_memory_is_kept(costs: Costs) -> None:
 @pytest.mark.parametrize(("seed", "memory_bytes"), [(8, 20), (8, 25), (11, 16), (21, 40)])
 def test_inputs_that_come_early_have_room(seed: int, memory_bytes: int) -> None:
     """The search does not count them: of what it finds first, nothing fits the memory."""
-    random = Random(seed)
-    num_layers, num_devices = random.randint(6, 12), random.randint(2, 4)
-    input_bytes = random.randint(1, 2)
-    costs = Costs(
-        tuple(
-            LayerCost(
-                name=f"layer{index}",
-                forward_s=random.randint(1, 5),
-                backward_s=8,
-                input_grad_s=4,
-                weight_grad_s=4,
-                recompute_s=2,
-                input_bytes=input_bytes * (index > 0),
-                saved_bytes=random.randint(1, 5),
-                kept_bytes=3,
-            )
-            for index in range(num_layers)
-        )
-    )
-    link = Link(latency_s=0.1, bytes_per_s=100)
-    cluster = Cluster((device(memory_bytes=memory_bytes),) * num_devices, link)
+    costs, cluster = early_inputs(seed, memory_bytes)
     plan = best_plan(costs, cluster, 8, time_limit_s=QUICK)
     for curve in simulate(plan, costs, cluster, blocking=True).memory:
         assert curve.peak_bytes <= memory_bytes

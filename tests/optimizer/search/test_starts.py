@@ -111,10 +111,13 @@ def test_what_weight_gradients_keep_has_room() -> None:
     plans = [like("v-half", recompute=recompute, costs=costs) for recompute in (True, False)]
     least, most = (max(x.peak_bytes for x in simulate(plan, costs).memory) for plan in plans)
     assert least < most
-    limit = (least + most) // 2
-    cluster = Cluster((device(memory_bytes=limit),) * NUM_DEVICES)
-    plan = in_memory(Problem.of(costs, cluster, NUM_MICROBATCHES), plans[1])
-    assert max(x.peak_bytes for x in simulate(plan, costs).memory) <= limit
+    saved = []
+    for limit in (least + most) // 2, most, 2 * most:
+        cluster = Cluster((device(memory_bytes=limit),) * NUM_DEVICES)
+        plan = in_memory(Problem.of(costs, cluster, NUM_MICROBATCHES), plans[1])
+        assert max(x.peak_bytes for x in simulate(plan, costs).memory) <= limit
+        saved.append(sum(stage.recompute != "all" for stage in plan.stages))
+    assert saved[0] <= saved[1] <= saved[2] == plans[1].num_stages
 
 
 @pytest.mark.parametrize("strategy", ["1f1b", "zb-v", "interleaved"])
