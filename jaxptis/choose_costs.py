@@ -50,7 +50,7 @@ def choose_costs(
         return _mean(own, processes)
     costs = chosen if isinstance(chosen, Costs) else _load(chosen)
     where = "costs" if isinstance(chosen, Costs) else str(chosen)
-    _check_layers([layer.name for layer in graph.layers], costs, where)
+    _check_layers(graph.names, costs, where)
     return costs
 
 

@@ -13,7 +13,7 @@ import optax
 from jaxptis.choose_costs import choose_costs
 from jaxptis.cluster import Cluster
 from jaxptis.executor.programs import BatchLeaf
-from jaxptis.make_plan import make_plan
+from jaxptis.make_plan import check_strategy, make_plan
 from jaxptis.microbatches import aux_axes, batch_leaves
 from jaxptis.options import Options
 from jaxptis.parts import Cuts, is_parts
@@ -156,9 +156,8 @@ def compile_pipeline(
             folder = os.path.join(options.dump_to, f"head_slices_{count}")
             chosen = dataclasses.replace(chosen, dump_to=folder)
         try:
-            analysis = analyse(loss_fn, params, batch, chosen, given=given)
-            layers = tuple(layer.name for layer in analysis.graph.layers)
-            if previous is not None and previous.layers == layers:
+            analysis = analyse(loss_fn, params, batch, chosen, given=given, previous=previous)
+            if previous is not None and previous.layers == analysis.graph.names:
                 return build(analysis, previous)
             planned.append((analysis, _plan(analysis, optimizer)))
         except ValueError as error:
@@ -185,7 +184,7 @@ def _plan(analysis: Analysis, optimizer: optax.GradientTransformation | None) ->
     if jax.process_count() == 1:
         return plan()
     processes = Processes(options.devices)
-    names = " ".join(layer.name for layer in analysis.graph.layers)
+    names = " ".join(analysis.graph.names)
     processes.check_same("layers and microbatches", f"{options.num_microbatches} {names}")
     return Plan.parse(processes.of_first(lambda: plan().text()))
 
@@ -206,6 +205,7 @@ def analyse(
     options: Options,
     *,
     given: Given | None = None,
+    previous: Plan | None = None,
 ) -> Analysis:
     """Find the layers of a loss function and what they cost.
 
@@ -215,6 +215,7 @@ def analyse(
       batch: pytree of `jax.ShapeDtypeStruct`, the whole batch.
       options: what the user chose.
       given: the arrays, if they are there: layers may be measured on them.
+      previous: a plan that is used, and not the strategy, if it is of the same layers.
     """
     leaves = batch_leaves(batch, options)
     microbatch = jax.tree.unflatten(
@@ -228,6 +229,8 @@ def analyse(
     program = run(program, PROGRAM_PASSES, dump)
     graph = find_layers(program)
     dump.step("layers", graph.text())
+    if previous is None or previous.layers != graph.names:
+        _check_strategy(options, graph.names)
     measured_on = given if options.costs == "measured" else None
     values = {} if measured_on is None else measured_on.values(graph, leaves)
     return Analysis(
@@ -240,6 +243,21 @@ def analyse(
         aux=aux,
         dump=dump,
     )
+
+
+def _check_strategy(options: Options, layers: Sequence[str]) -> None:
+    """Check in the first process, which alone need have the file of a plan."""
+
+    def check() -> str:
+        check_strategy(
+            options.strategy,
+            layers,
+            num_devices=len(options.devices),
+            num_microbatches=options.num_microbatches,
+        )
+        return ""
+
+    Processes(options.devices).of_first(check)
 
 
 def build(analysis: Analysis, plan: Plan) -> Pipeline:

@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxptis.cluster import Cluster
 from jaxptis.optimizer import adaptis, balance, best_plan, mist, uniform
 from jaxptis.options import Strategy
-from jaxptis.performance import Costs
+from jaxptis.performance import Costs, LayerCost
 from jaxptis.plan import Plan, Schedule, StagePlan, schedule_from_csv
 from jaxptis.plan.csv import placement_of
 from jaxptis.schedules import (
@@ -47,8 +47,6 @@ def make_plan(costs: Costs, strategy: Strategy, *, cluster: Cluster, num_microba
     Raises:
       ValueError: the strategy is not known, or the plan does not fit the model or the devices.
     """
-    layers = tuple(cost.name for cost in costs.layers)
-    num_devices = len(cluster.devices)
     if strategy == BEST:
         others = _other_plans(costs, cluster, num_microbatches)
         return best_plan(costs, cluster, num_microbatches, others=others)
@@ -56,6 +54,29 @@ def make_plan(costs: Costs, strategy: Strategy, *, cluster: Cluster, num_microba
         return adaptis(costs, cluster, num_microbatches, blocking=True).plan
     if strategy == MIST:
         return mist(costs, cluster, num_microbatches)
+    return _fixed_plan(costs, strategy, len(cluster.devices), num_microbatches)
+
+
+def check_strategy(
+    strategy: Strategy, layers: Sequence[str], *, num_devices: int, num_microbatches: int
+) -> None:
+    """Check what can be checked before it is known what the layers cost, which may take long.
+
+    Raises:
+      ValueError: as of `make_plan`.
+    """
+    if strategy in PLANNERS:
+        return
+    equal = (
+        LayerCost(name=name, forward_s=1.0, backward_s=2.0, input_grad_s=1.0, weight_grad_s=1.0)
+        for name in layers
+    )
+    _fixed_plan(Costs(tuple(equal)), strategy, num_devices, num_microbatches)
+
+
+def _fixed_plan(costs: Costs, strategy: Strategy, num_devices: int, num_microbatches: int) -> Plan:
+    """Return the plan of a named schedule, a schedule in a CSV file, a plan, or a plan file."""
+    layers = tuple(cost.name for cost in costs.layers)
     if isinstance(strategy, str) and names_family(strategy):
         return _named_plan(strategy, layers, costs, num_devices, num_microbatches)
     if not isinstance(strategy, Plan) and str(strategy).endswith(".csv"):

@@ -61,8 +61,12 @@ class LayerGraph:
         edges = [layer.start for layer in self.layers] + [len(self.activations)]
         assert edges[0] == 0 and edges == sorted(edges), edges
         assert all(a.stop == b for a, b in zip(self.layers, edges[1:], strict=True)), edges
-        names = [layer.name for layer in self.layers]
-        assert len(set(names)) == len(names), names
+        assert len(set(self.names)) == len(self.names), self.names
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of the layers, in order."""
+        return tuple(layer.name for layer in self.layers)
 
     def text(self) -> str:
         """Return the layers, a line each: name, number of equations, parameters."""

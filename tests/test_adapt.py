@@ -21,7 +21,7 @@ from jaxptis.profile import Profile, ProfileError
 from jaxptis.train_step import TrainStep
 from tests.small_models import loss_fn, make_batch, make_params
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly", "lenient")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 NUM_DEVICES = 4
 

@@ -77,3 +77,13 @@ def test_plan_file(tmp_path, lenient):
         pipelined = make_pipelined(model_loss, strategy=strategy)
         np.testing.assert_array_equal(pipelined.evaluate(model, make_batch()), want)
         assert pipelined.plan == trainer.plan
+
+
+def test_a_file_is_read_once(tmp_path):
+    """For other shapes, which have the same layers, the plan is still there."""
+    path = tmp_path / "plan.txt"
+    plan_of(SMALL_LAYERS, (0, 1, 0), num_microbatches=2).save(path)
+    pipelined = make_pipelined(strategy=path)
+    check(pipelined, loss_fn, make_params(2), make_batch())
+    path.unlink()
+    check(pipelined, loss_fn, make_params(2), make_batch(size=4))

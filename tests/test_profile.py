@@ -8,7 +8,7 @@ import pytest
 import jaxptis
 from tests.small_models import loss_fn, make_batch, make_params
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly", "lenient")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 NUM_STEPS = 2
 

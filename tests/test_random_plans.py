@@ -15,8 +15,6 @@ from jaxptis.placement import Placement
 from tests.small_models import IN, WIDTH, assert_close, block, block_params, matrix, normal
 from tests.small_pipelines import analysis_of
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 NUM_MICROBATCHES = 3
 DEVICES = 4
 PLANS, CHUNKS = 200, 2

@@ -1,14 +1,26 @@
-"""Plans and strategies that do not fit are refused: why, the numbers, and what to change."""
+"""Plans and strategies that do not fit are refused: why, the numbers, and what to change.
+
+And before it takes minutes to find what the layers of a large model cost.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from jaxptis import compile as compiling
 from jaxptis.plan import Plan, StagePlan
 from jaxptis.schedules import FAMILIES, schedule
 from tests.small_models import make_batch, make_params
 from tests.small_pipelines import make_pipelined, refuse
+
+
+@pytest.fixture(autouse=True)
+def costs_are_not_asked_for(monkeypatch):
+    def choose_costs(*args):
+        pytest.fail("asked what the layers cost")
+
+    monkeypatch.setattr(compiling, "choose_costs", choose_costs)
 
 
 def plain_plan(*layers, num_microbatches=2):
@@ -85,6 +97,18 @@ def test_strategy_that_is_not_known():
         make_pipelined(strategy="1f1p"),
     )
     refuse(r"did you mean 'v-half'\?", make_pipelined(strategy="v_half(x=2)"))
+
+
+def test_schedule_of_too_many_stages():
+    refuse("3 layers cannot fill 4 stages", make_pipelined(strategy="interleaved"))
+
+
+def test_schedule_of_too_few_microbatches():
+    refuse(
+        "2 microbatches are too few for 'dualpipe-v' on 2 devices",
+        make_pipelined(strategy="dualpipe-v"),
+        make_params(2),
+    )
 
 
 @pytest.mark.parametrize("strategy", [Path(__file__).parent, 42, None])

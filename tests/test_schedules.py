@@ -32,7 +32,7 @@ T, D, V = 4, 32, 48
 SEEDS = (1, 2)
 
 pytestmark = [
-    pytest.mark.usefixtures("compiled_quickly", "lenient"),
+    pytest.mark.usefixtures("lenient"),
     *foreign_models.WARNINGS,
 ]
 

@@ -20,7 +20,7 @@ from tests.passes.on_host import count_layers, layers_of, types
 FOREIGN = [name for name in foreign_models.MODELS if not name.endswith("_dropout_key")]
 
 pytestmark = [
-    pytest.mark.usefixtures("compiled_quickly", "lenient"),
+    pytest.mark.usefixtures("lenient"),
     *foreign_models.WARNINGS,
 ]
 

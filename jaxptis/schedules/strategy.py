@@ -1,9 +1,10 @@
 """A strategy as a person writes it, such as `interleaved(v=3)`, and what it says."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 
 from jaxptis.plan import Schedule
 from jaxptis.schedules.families import FAMILIES, Family
@@ -104,12 +105,21 @@ def schedule(
     chosen = _parse(strategy)
     _check_positive("num_devices", num_devices)
     _check_positive("num_microbatches", num_microbatches)
-    numbers = {"num_devices": num_devices, "num_microbatches": num_microbatches}
+    numbers = {
+        "num_devices": num_devices,
+        "num_microbatches": num_microbatches,
+        **chosen.options,
+    }
     if not chosen.family.needs_costs:
-        return chosen.family.rows(**numbers, **chosen.options)
+        return _rows(chosen.family.rows, tuple(numbers.items()))
     if costs is None:
         raise ValueError(f"strategy {strategy!r} orders tasks by their costs; pass costs")
-    return chosen.family.rows(**numbers, **chosen.options, costs=costs)
+    return chosen.family.rows(**numbers, costs=costs)
+
+
+@lru_cache(maxsize=1)  # a strategy is checked before it is planned by
+def _rows(make: Callable[..., Schedule], numbers: tuple[tuple[str, int | None], ...]) -> Schedule:
+    return make(**dict(numbers))
 
 
 def _parse(strategy: str) -> _Chosen:

@@ -10,7 +10,7 @@ from models import MODELS
 
 B, T = 8, 64
 
-pytestmark = pytest.mark.usefixtures("lenient", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 # Whole backwards; split ones; parameters that two devices share.

@@ -209,7 +209,7 @@ def test_gradients_of_experts_equal_those_of_a_loop():
 
 
 @pytest.mark.parametrize("config", [V2, V3])
-def test_every_parameter_but_the_bias_has_a_finite_gradient(config, compiled_quickly):
+def test_every_parameter_but_the_bias_has_a_finite_gradient(config):
     model = DeepSeek(dataclasses.replace(config, num_blocks=2))
     params = jax.jit(model.init)(jax.random.key(0), TOKENS_BT)
     gradients = jax.jit(jax.grad(lambda p: (model.apply(p, TOKENS_BT) ** 2).mean()))(params)
@@ -256,7 +256,7 @@ def test_nothing_is_computed_of_a_balance_loss_that_nobody_asks_for():
     assert count_primitives(asked.jaxpr)["top_k"] == 2 * 4
 
 
-def test_the_token_after_the_next_sees_the_next(compiled_quickly):
+def test_the_token_after_the_next_sees_the_next():
     D = V3.model_width
     x_BTD, next_BTD = RNG.normal(size=(2, 2, 13, D)).astype(np.float32)
     model = TokenAfterNext(V3)
@@ -295,7 +295,7 @@ def random_model(config):
     return params, functools.partial(model.apply, {"params": params})
 
 
-def test_two_tokens_are_predicted_from_one_embedding_and_one_head(compiled_quickly):
+def test_two_tokens_are_predicted_from_one_embedding_and_one_head():
     params, apply = random_model(AFTER_NEXT)
     logits_BTV, after_BTV = apply(TOKENS_BT, after_next=True)
     (x_BTD, kernel_DV), (after_BTD, same_DV) = apply(TOKENS_BT, before_head=True, after_next=True)
@@ -317,7 +317,7 @@ def test_a_config_without_it_predicts_no_token_after_the_next():
         )
 
 
-def test_the_training_loss_adds_up_its_terms(compiled_quickly):
+def test_the_training_loss_adds_up_its_terms():
     _, apply = random_model(AFTER_NEXT)
     batch = {"tokens": TOKENS_BT}
     loss, main = training_loss(apply, batch, balance_weight=0.5, after_next_weight=0.25)

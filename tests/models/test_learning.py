@@ -27,7 +27,7 @@ def entropy():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_tiny_one_learns_the_text(name, lenient):
+def test_the_tiny_one_learns_the_text(name, lenient, optimized):
     model, config = MODELS[name], MODELS[name].sizes["tiny"]
     module = model.module(config)
     optimizer = model.steer(optax.adamw(3e-3))

@@ -32,7 +32,7 @@ from tests.models.checkpoints import (
 )
 from tests.noted import Noted
 
-pytestmark = pytest.mark.usefixtures("lenient", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 TOKENS_BT = np.random.default_rng(0).integers(0, 97, size=(2, 13)).astype(np.int32)
 REAL_BT = np.arange(13) < np.array([[13], [9]])  # the second sequence is padded

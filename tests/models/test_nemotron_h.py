@@ -18,8 +18,6 @@ from models.parts.mamba import Mamba, chunk_scan
 from models.save import save
 from tests.models.small import NEMOTRON_H as SMALL
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 TOKENS_BT = np.random.default_rng(0).integers(0, 256, size=(2, 12)).astype(np.int32)
 
 

@@ -14,7 +14,7 @@ from models.save import save
 from tests.models import small
 from tests.models.checkpoints import change_config, change_tensors, random_params, rewrite
 
-pytestmark = pytest.mark.usefixtures("lenient", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def rename(tensors):

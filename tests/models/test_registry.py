@@ -29,7 +29,7 @@ def test_every_size_maps_tokens_to_logits_in_its_own_types(name, size):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_computing_in_16_bits_changes_loss_and_gradients_little(name, lenient, compiled_quickly):
+def test_computing_in_16_bits_changes_loss_and_gradients_little(name, lenient):
     model, single = MODELS[name], MODELS[name].sizes["tiny"]
     half = dataclasses.replace(single, dtype=jnp.bfloat16)
     assert single.dtype == single.param_dtype == half.param_dtype == jnp.float32
@@ -58,7 +58,7 @@ def saved_bytes(loss_fn, params):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_remat_saves_memory_and_changes_nothing(name, lenient, compiled_quickly):
+def test_remat_saves_memory_and_changes_nothing(name, lenient):
     model, config = MODELS[name], MODELS[name].sizes["tiny"]
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 18)).astype(np.int32)
     batch = {"tokens": tokens_BT}

@@ -23,7 +23,7 @@ from tests.models.checkpoints import (
     rewrite,
 )
 
-pytestmark = pytest.mark.usefixtures("lenient", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def test_what_stands_beside_a_checkpoint_is_kept(tmp_path):

@@ -18,7 +18,7 @@ STRATEGIES = ("1f1b", "interleaved", "zb-h1")
 # What has parts that the `tiny` of its family has not: caps, windows, norms of queries, a softmax.
 OTHERS = ("Gemma 2", "Gemma 3", "DeepSeek-V2 with YaRN")
 
-pytestmark = pytest.mark.usefixtures("lenient", "compiled_quickly")
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def batches(vocab_size):

@@ -25,8 +25,6 @@ from tests.small_models import loss_fn, make_batch, make_params
 
 SECONDS = ("forward_s", "backward_s", "input_grad_s", "weight_grad_s", "recompute_s")
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture
 def quick(monkeypatch):
