@@ -56,7 +56,7 @@ class Plan:
     def num_stages(self) -> int:
         return len(self.stages)
 
-    @property
+    @cached_property
     def num_microbatches(self) -> int:
         return 1 + max((task.microbatch for row in self.schedule for task in row), default=-1)
 

@@ -7,6 +7,8 @@ from typing import Self
 KINDS = "FBIW"
 """F forward, B full backward, I input gradient, W weight gradient."""
 
+_KINDS = frozenset(KINDS)
+
 # Nine digits, so that a slip of the finger is a bad task and not a microbatch of astronomic number.
 _TASK = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
 
@@ -26,7 +28,7 @@ class Task:
     microbatch: int
 
     def __post_init__(self) -> None:
-        if self.kind not in tuple(KINDS):
+        if self.kind not in _KINDS:
             raise ValueError(f"task kind {self.kind!r} is not known; use one of {', '.join(KINDS)}")
         if self.stage < 0 or self.microbatch < 0:
             raise ValueError(
