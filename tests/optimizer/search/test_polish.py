@@ -20,7 +20,7 @@ from tests.clusters import device, equal_devices
 from tests.published import published_costs
 
 COSTS = published_costs("nemotron-h-4B")
-CLUSTER = equal_devices(4, latency_s=2e-3)
+CLUSTER = equal_devices(4, latency_s=1e-3)
 PROBLEM = Problem.of(COSTS, CLUSTER, 16, blocking=True)
 NAMES = [layer.name for layer in COSTS.layers]
 
