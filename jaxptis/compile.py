@@ -183,10 +183,7 @@ def _plan(analysis: Analysis, optimizer: optax.GradientTransformation | None) ->
 
     if jax.process_count() == 1:
         return plan()
-    processes = Processes(options.devices)
-    names = " ".join(analysis.graph.names)
-    processes.check_same("layers and microbatches", f"{options.num_microbatches} {names}")
-    return Plan.parse(processes.of_first(lambda: plan().text()))
+    return Plan.parse(Processes(options.devices).of_first(lambda: plan().text()))
 
 
 def _step_s(
@@ -215,7 +212,10 @@ def analyse(
       batch: pytree of `jax.ShapeDtypeStruct`, the whole batch.
       options: what the user chose.
       given: the arrays, if they are there: layers may be measured on them.
-      previous: a plan that is used, and not the strategy, if it is of the same layers.
+      previous: a plan that is used in place of the strategy if it has the same layers.
+
+    Raises:
+      ValueError: there are no layers, the strategy does not fit them, or the costs do not.
     """
     leaves = batch_leaves(batch, options)
     microbatch = jax.tree.unflatten(
@@ -246,7 +246,15 @@ def analyse(
 
 
 def _check_strategy(options: Options, layers: Sequence[str]) -> None:
-    """Check in the first process, which alone need have the file of a plan."""
+    """Check in the first process, which alone need have the file of a plan.
+
+    Raises:
+      ValueError: the strategy does not fit, or the processes have other layers or microbatches.
+    """
+    processes = Processes(options.devices)
+    processes.check_same(
+        "layers and microbatches", f"{options.num_microbatches} {' '.join(layers)}"
+    )
 
     def check() -> str:
         check_strategy(
@@ -257,7 +265,7 @@ def _check_strategy(options: Options, layers: Sequence[str]) -> None:
         )
         return ""
 
-    Processes(options.devices).of_first(check)
+    processes.of_first(check)
 
 
 def build(analysis: Analysis, plan: Plan) -> Pipeline:

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from jaxptis.cluster import Cluster
-from jaxptis.optimizer import adaptis, balance, best_plan, mist, uniform
+from jaxptis.optimizer import adaptis, balance, best_plan, check_fills_devices, mist, uniform
 from jaxptis.options import Strategy
 from jaxptis.performance import Costs, LayerCost
 from jaxptis.plan import Plan, Schedule, StagePlan, schedule_from_csv
@@ -60,18 +60,20 @@ def make_plan(costs: Costs, strategy: Strategy, *, cluster: Cluster, num_microba
 def check_strategy(
     strategy: Strategy, layers: Sequence[str], *, num_devices: int, num_microbatches: int
 ) -> None:
-    """Check what can be checked before it is known what the layers cost, which may take long.
+    """Check a strategy before it is known what the layers cost, which may take long to find out.
 
     Raises:
-      ValueError: as of `make_plan`.
+      ValueError: `make_plan` would raise it whatever they cost.
     """
+    if strategy in (ADAPTIS, MIST):
+        check_fills_devices(len(layers), num_devices)
     if strategy in PLANNERS:
         return
-    equal = (
+    any_costs = (
         LayerCost(name=name, forward_s=1.0, backward_s=2.0, input_grad_s=1.0, weight_grad_s=1.0)
         for name in layers
     )
-    _fixed_plan(Costs(tuple(equal)), strategy, num_devices, num_microbatches)
+    _fixed_plan(Costs(tuple(any_costs)), strategy, num_devices, num_microbatches)
 
 
 def _fixed_plan(costs: Costs, strategy: Strategy, num_devices: int, num_microbatches: int) -> Plan:

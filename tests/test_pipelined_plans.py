@@ -79,8 +79,8 @@ def test_plan_file(tmp_path, lenient):
         assert pipelined.plan == trainer.plan
 
 
-def test_a_file_is_read_once(tmp_path):
-    """For other shapes, which have the same layers, the plan is still there."""
+def test_a_plan_is_kept_when_its_file_is_gone(tmp_path):
+    """Other shapes have the same layers, and so the same plan."""
     path = tmp_path / "plan.txt"
     plan_of(SMALL_LAYERS, (0, 1, 0), num_microbatches=2).save(path)
     pipelined = make_pipelined(strategy=path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxptis import compile as compiling
-from jaxptis.plan import Plan, StagePlan
+from jaxptis.plan import Plan, StagePlan, schedule_to_csv
 from jaxptis.schedules import FAMILIES, schedule
 from tests.small_models import make_batch, make_params
 from tests.small_pipelines import make_pipelined, refuse
@@ -101,6 +101,40 @@ def test_strategy_that_is_not_known():
 
 def test_schedule_of_too_many_stages():
     refuse("3 layers cannot fill 4 stages", make_pipelined(strategy="interleaved"))
+
+
+def test_schedule_in_a_file_of_too_many_stages(tmp_path):
+    path = tmp_path / "schedule.csv"
+    path.write_text(schedule_to_csv(schedule("interleaved", num_devices=2, num_microbatches=2)))
+    refuse("3 layers cannot fill its 4 stages", make_pipelined(strategy=path))
+
+
+@pytest.mark.parametrize("strategy", ["adaptis", "mist"])
+def test_planner_that_leaves_no_device_empty(strategy):
+    refuse(
+        "3 layers cannot fill 4 devices; pass 3 or fewer",
+        make_pipelined(strategy=strategy, num_devices=4),
+    )
+
+
+def test_only_the_first_process_needs_the_file_of_a_plan(monkeypatch):
+    class OfAnother:
+        """The processes, as another than the first has them, if the first finds no fault."""
+
+        def __init__(self, devices):
+            pass
+
+        def check_same(self, what, text):
+            assert (what, text) == ("layers and microbatches", "2 first head")
+
+        def of_first(self, make):
+            return ""
+
+    options = make_pipelined(strategy="no/such/file").options
+    with pytest.raises(ValueError, match="no/such/file"):
+        compiling._check_strategy(options, ["first", "head"])
+    monkeypatch.setattr(compiling, "Processes", OfAnother)
+    compiling._check_strategy(options, ["first", "head"])
 
 
 def test_schedule_of_too_few_microbatches():

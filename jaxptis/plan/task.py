@@ -7,7 +7,7 @@ from typing import Self
 KINDS = "FBIW"
 """F forward, B full backward, I input gradient, W weight gradient."""
 
-_KINDS = frozenset(KINDS)
+_KINDS = tuple(KINDS)
 
 # Nine digits, so that a slip of the finger is a bad task and not a microbatch of astronomic number.
 _TASK = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")

@@ -117,7 +117,7 @@ def schedule(
     return chosen.family.rows(**numbers, costs=costs)
 
 
-@lru_cache(maxsize=1)  # a strategy is checked before it is planned by
+@lru_cache(maxsize=1)  # the check of a strategy and its plan ask for the same rows
 def _rows(make: Callable[..., Schedule], numbers: tuple[tuple[str, int | None], ...]) -> Schedule:
     return make(**dict(numbers))
 
