@@ -49,6 +49,7 @@ BYTES = {
     "param": "param_bytes",
     "state": "state_bytes",
     "input": "input_bytes",
+    "skipping": "skipping_bytes",
     "saved": "saved_bytes",
     "saved all": "saved_all_bytes",
     "kept": "kept_bytes",

@@ -68,12 +68,14 @@ class LayerPrograms:
       params: the types of the parameters that it holds, by index.
       kind: its programs.
       operands: its own constants, parameters, batch, crossings and results, by those of the kind.
+      skipping_bytes: of what layers after it read of those before, but not it; without scalars.
     """
 
     name: str
     params: Mapping[int, jax.ShapeDtypeStruct]
     kind: LayerKind
     operands: Mapping[Operand, Operand]
+    skipping_bytes: int
 
 
 def layer_programs(graph: LayerGraph) -> tuple[LayerPrograms, ...]:
@@ -99,6 +101,13 @@ def layer_programs(graph: LayerGraph) -> tuple[LayerPrograms, ...]:
                 params={p: types[p] for p in stage.params},
                 kind=kind,
                 operands=_operands(kind, gradient, stage),
+                skipping_bytes=jaxprs.nbytes(
+                    c.aval
+                    for c in stages.crossings
+                    if c.producer < index < c.consumers[-1]
+                    and index not in c.consumers
+                    and c.aval.shape
+                ),
             )
         )
     return tuple(layers)

@@ -27,6 +27,13 @@ FIRST = ("test_imports", "/plan/", "/schedules/", "/performance/", "/pictures/",
 LAST = ("/experiments/", "test_readme")
 
 
+def pytest_addoption(parser):
+    """Let the plans of as many tiny models as you like be compared with all there are."""
+    parser.addoption(
+        "--tiny_cases", type=int, default=40, help="each is set beside all of its schedules"
+    )
+
+
 def pytest_configure(config):
     """Keep what is compiled for this run: its workers and programs have much in common."""
     if hasattr(config, "workerinput"):
@@ -68,6 +75,12 @@ def pytest_runtest_teardown(item, nextitem):
 
 def _any(parts, name):
     return any(part in name for part in parts)
+
+
+@pytest.fixture
+def num_tiny_cases(request):
+    """How many models of `tests.optimizer.tiny_cases` to look at."""
+    return request.config.getoption("tiny_cases")
 
 
 @pytest.fixture

@@ -41,7 +41,8 @@ def test_skip_connection_to_the_last_layer(tmp_path):
 
     pipelined = make_pipelined(loss, num_devices=4, dump_to=str(tmp_path))
     check(pipelined, loss, make_params(4), make_batch())
-    assert re.search(r"stage 0 -> ([12], )*3\n", stages_text(tmp_path))
+    assert all(f"stage {s} -> {s + 1}\n" in stages_text(tmp_path) for s in range(3))
+    assert not re.search(r"-> .*,", stages_text(tmp_path))
 
 
 def test_value_read_by_two_later_stages(tmp_path):
@@ -59,7 +60,7 @@ def test_value_read_by_two_later_stages(tmp_path):
     plan = plan_of(layers, devices=(0, 1, 2, 3), num_microbatches=2)
     pipelined = make_pipelined(loss, num_devices=4, strategy=plan, dump_to=str(tmp_path))
     check(pipelined, loss, make_params(4), make_batch())
-    assert "stage 0 -> 2, 3\n" in stages_text(tmp_path)
+    assert re.findall(r"stage \d -> .*", stages_text(tmp_path)).count("stage 1 -> 2") == 2
 
 
 def stages_text(folder):

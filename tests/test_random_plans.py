@@ -1,6 +1,8 @@
 """Whatever partition, placement, order, split and recomputation: the gradient is the plain one."""
 
 import functools
+import re
+from collections import Counter
 from random import Random
 
 import jax
@@ -11,6 +13,7 @@ from experiments.random_plan import random_plan
 from jaxptis.compile import build
 from jaxptis.executor import holdings, steps
 from jaxptis.executor.compiled import Compiler
+from jaxptis.executor.instructions import Transfer
 from jaxptis.placement import Placement
 from tests.small_models import IN, WIDTH, assert_close, block, block_params, matrix, normal
 from tests.small_pipelines import analysis_of
@@ -64,6 +67,7 @@ def check(plan):
     """Compare with the plain gradient, twice, with other weights and data."""
     pipeline = build(analysis(), plan)
     executable, _ = steps.gradient_step(pipeline, compiler())
+    assert crossing_bytes(executable) == predicted_bytes(pipeline.timeline)
     homes = pipeline.homes, holdings.batch_copies(pipeline).homes
     for seed in 0, 1000:
         params, batch, want, want_grads = wanted(seed)
@@ -74,6 +78,24 @@ def check(plan):
         loss, *grads = executable(buffers)
         assert_close(loss, want, rtol=1e-5)
         assert_close(grads, want_grads, rtol=1e-5)
+
+
+def crossing_bytes(executable):
+    """Return what goes over each link, of activations and their gradients."""
+    sent = Counter()
+    for device, row in enumerate(executable.rows.rows):
+        for each in row:
+            if isinstance(each, Transfer):
+                for name in filter(re.compile(r"[xd]\d").match, each.sends):
+                    sent[device, each.peer] += executable.num_bytes[name]
+    return sent
+
+
+def predicted_bytes(timeline):
+    sent = Counter()
+    for each in timeline.transfers:
+        sent[each.source, each.target] += each.num_bytes
+    return sent
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

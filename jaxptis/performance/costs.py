@@ -32,6 +32,8 @@ class LayerCost:
         weight_grad_s: of the weight gradient of a split backward, W.
         recompute_s: what B or I takes more in a stage that recomputes all.
         input_bytes: of what it reads of the layers before; its gradient takes as many.
+        skipping_bytes: of what layers after it read of those before, but not it: where a stage
+            begins with this layer, that is handed on through it, and so is its gradient.
         saved_bytes: what the forward saves for the backward, its input not counted.
         saved_all_bytes: likewise, in a stage that recomputes nothing.
         kept_bytes: all that lasts from I to W: what I keeps, and what W reads of what was saved, of
@@ -63,6 +65,7 @@ class LayerCost:
     weight_grad_s: float
     recompute_s: float = 0.0
     input_bytes: int = 0
+    skipping_bytes: int = 0
     saved_bytes: int = 0
     saved_all_bytes: int = 0
     kept_bytes: int = 0
@@ -82,6 +85,11 @@ class LayerCost:
         for each in fields(self):
             if each.name != "name":
                 check_number(each.name, getattr(self, each.name), f"layer {self.name!r}")
+
+    @property
+    def crossing_bytes(self) -> int:
+        """What comes to a stage that begins with this layer from the stage before."""
+        return self.input_bytes + self.skipping_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

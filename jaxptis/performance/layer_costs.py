@@ -126,6 +126,7 @@ def _layer_cost(
         weight_grad_s=seconds["W"],
         recompute_s=seconds["again"],
         **_activation_bytes(layer.kind),
+        skipping_bytes=layer.skipping_bytes,
         **_param_bytes(layer, own, state_bytes),
         forward_temporary_bytes=temporary_bytes["F"],
         backward_temporary_bytes=temporary_bytes["B"],

@@ -8,7 +8,8 @@ stage without input gradient has a whole backward in W, and its I does nothing. 
 another device stays until its transfer is over, and is on the other device from the start of the
 transfer on: an input until its B or I is over, a gradient until the task that reads it is. The
 input of the first stage is the batch, and is not counted. While a task runs, it has its
-temporaries.
+temporaries. What skips the first layer of a stage is there until its forward is over, and likewise
+its gradient; if the stage recomputes all, it stays as the input does.
 """
 
 from bisect import bisect_right
@@ -110,19 +111,22 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
     """Return what each task changes when it starts and when it ends, its transfers not counted."""
     home = [stage.device for stage in plan.stages]
     ranges = [range(start, end) for start, end in pairwise(plan.boundaries)]
-    crossing = [0, *(costs.layers[layers.start].input_bytes for layers in ranges[1:]), 0]
+    firsts = [costs.layers[layers.start] for layers in ranges[1:]]
+    reads = [0, *(layer.input_bytes for layer in firsts)]
+    crossing = [0, *(layer.crossing_bytes for layer in firsts), 0]
 
     def of_stage(stage: int) -> dict[str, tuple[_Change, _Change]]:
         layers = [costs.layers[index] for index in ranges[stage]]
         splits = costs.makes_input_grad(ranges[stage])
         recompute = plan.stages[stage].recompute
-        read, made = crossing[stage], crossing[stage + 1]
+        came, made = crossing[stage], crossing[stage + 1]
+        read = came if recompute == "all" else reads[stage]
         saved = costs.saved_bytes(ranges[stage], recompute) if trains else 0
         kept = sum(layer.kept_bytes for layer in layers)
         made_by_i = sum(layer.made_bytes for layer in layers)
         needs = {kind: costs.temporary_bytes(ranges[stage], kind, recompute) for kind in "FBIW"}
         stays = home[stage + 1 : stage + 2] == [home[stage]]
-        back = _Change(saved=-saved - read, transfers=read - made)
+        back = _Change(saved=-saved - read, transfers=came - made)
         whole = _Change(temporaries=needs["B"]), back._replace(temporaries=-needs["B"])
         split = {
             "I": (
@@ -141,7 +145,7 @@ def _changes(plan: Plan, costs: Costs, trains: bool) -> _Changes:
                     transfers=made * (not stays),
                     temporaries=needs["F"],
                 ),
-                _Change(saved=0 if trains else -read, temporaries=-needs["F"]),
+                _Change(saved=(read if trains else 0) - came, temporaries=-needs["F"]),
             ),
             "B": whole,
             **(split if splits else {"I": (_Change(), _Change()), "W": whole}),

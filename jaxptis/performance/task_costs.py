@@ -55,7 +55,7 @@ def task_costs(plan: Plan, costs: Costs, cluster: Cluster | None) -> TaskCosts:
     last = plan.num_stages - 1
     ranges = [range(start, end) for start, end in pairwise(plan.boundaries)]
     # What crosses from the stage before, or goes back there as a gradient.
-    num_bytes = [costs.layers[layers.start].input_bytes for layers in ranges]
+    num_bytes = [costs.layers[layers.start].crossing_bytes for layers in ranges]
 
     def result(stage: int, reader: int) -> Result | None:
         if not 0 <= reader <= last or home[stage] == home[reader]:

@@ -28,40 +28,31 @@ def random_costs(rng, plan):
 
 
 def random_programs(rng, plan):
-    """Return programs by stage and kind: a chain of stages, with values that skip some of them."""
-    readers = _readers(rng, plan.num_stages)
+    """Return programs by stage and kind: a chain of stages, with one or two values from each."""
+    makers = [s for s in range(plan.num_stages - 1) for _ in range(rng.randint(1, 2))]
     kinds = {(task.stage, task.kind) for row in plan.schedule for task in row}
     programs = {}
     for s in range(plan.num_stages):
-        for kind, program in _stage(rng, s, plan.stages[s].device, readers).items():
+        for kind, program in _stage(rng, s, plan.stages[s].device, makers).items():
             if (s, kind) in kinds:
                 programs[s, kind] = program
     return programs
 
 
-def _readers(rng, num_stages):
-    """Return the stages that read what each stage makes."""
-    readers = {s: [s + 1] for s in range(num_stages - 1)}
-    for s in range(num_stages - 2):
-        if rng.random() < 0.3:
-            readers[s].append(rng.randrange(s + 2, num_stages))
-    return readers
-
-
-def _stage(rng, s, device, readers):
+def _stage(rng, s, device, makers):
     """Return what the tasks of a stage run; the first stage has no input gradient."""
 
     def some(what):
         return [Ref(f"stage{s}.{what}{k}", True) for k in range(rng.randint(0, 2))]
 
-    inputs = [c for c, stages in readers.items() if s in stages]
-    outputs = [(Ref(f"x{s}", True), t) for t in readers.get(s, ())]
-    d_inputs = [(Ref(f"d{c}.stage{s}", True), c) for c in inputs]
+    inputs = [c for c, maker in enumerate(makers) if maker == s - 1]
+    outputs = [(Ref(f"x{c}", True), s + 1) for c, maker in enumerate(makers) if maker == s]
+    d_inputs = [(Ref(f"d{c}.stage{s}", True), s - 1) for c in inputs]
     held = [Ref(f"param{s}", False), *(Ref(f"x{c}", True) for c in inputs)]
-    d_outputs = [Ref(f"d{s}.stage{t}", True) for t in readers.get(s, ())]
+    d_outputs = [Ref(f"d{c}.stage{s + 1}", True) for c, maker in enumerate(makers) if maker == s]
     early, late, kept = some("early"), some("late"), some("kept")
     total = [Ref(f"sum{s}.device{device}", False)]
-    made = [*([Ref(f"x{s}", True)] if outputs else [Ref("result0", True)]), *early, *late]
+    made = [*([ref for ref, _ in outputs] or [Ref("result0", True)]), *early, *late]
     d_in = [ref for ref, _ in d_inputs]
     whole = ([*held, *early, *late, *d_outputs, *total], [*d_in, *total], d_inputs)
     parts = {"F": (held, made, outputs), "B": whole, "W": whole}

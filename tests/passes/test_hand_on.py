@@ -1,4 +1,4 @@
-"""Scalars that skip stages go through all of them, and nothing else changes."""
+"""What skips stages goes through all of them, and nothing else changes."""
 
 import jax.numpy as jnp
 import pytest
@@ -8,6 +8,7 @@ from passes.differentiate import differentiate
 from passes.hand_on import hand_on
 from tests.passes.on_host import assert_bitwise, layers_of, run_forward, run_gradient
 from tests.passes.small_models import array
+from tests.small_models import assert_close
 
 NUM_BLOCKS = 6
 PARAMS = {
@@ -42,6 +43,15 @@ def cut(graph, per_stage):
     return cut_stages(graph, [*range(0, num_layers, per_stage), num_layers])
 
 
+def check(before, after):
+    assert all(c.consumers == (c.producer + 1,) for c in after.crossings)
+    assert len(after.crossings) == num_steps(before.crossings)
+
+
+def num_steps(crossings):
+    return sum(c.consumers[-1] - c.producer for c in crossings)
+
+
 def scalars(stages):
     return [c for c in stages.crossings if not c.aval.shape]
 
@@ -53,40 +63,45 @@ def test_scalars_go_to_the_next_stage_only(graph, per_stage, num_skipping):
     # The sum after block 0, what block 4 reads and, if block 3 is not in the last stage but one,
     # the sum after it.
     assert sum(c.consumers[-1] > c.producer + 1 for c in scalars(before)) == num_skipping
-    assert all(c.consumers == (c.producer + 1,) for c in scalars(after))
-    steps = sum(c.consumers[-1] - c.producer for c in scalars(before))
-    assert len(scalars(after)) == steps
-    assert len(after.crossings) - len(before.crossings) == steps - len(scalars(before))
+    assert len(scalars(after)) == num_steps(scalars(before))
+    check(before, after)
+
+
+def gradient(stages):
+    gradients = differentiate(stages, recompute=["cheap"] * len(stages.stages))
+    split = range(0, len(gradients), 2)
+    return run_gradient(stages, gradients, PARAMS, BATCH, split=split)
 
 
 @pytest.mark.parametrize("per_stage", [1, 2])
 def test_results_and_gradients_stay(graph, per_stage):
-    def run(stages):
-        gradients = differentiate(stages, recompute=["cheap"] * len(stages.stages))
-        split = range(0, len(gradients), 2)
-        return run_gradient(stages, gradients, PARAMS, BATCH, split=split)
-
     before = cut(graph, per_stage)
     after = hand_on(before)
     assert_bitwise(run_forward(after, PARAMS, BATCH)[0], run_forward(before, PARAMS, BATCH)[0])
-    (loss, sums), (plain_loss, plain_sums) = run(after), run(before)
+    (loss, sums), (plain_loss, plain_sums) = gradient(after), gradient(before)
     assert_bitwise(loss, plain_loss)
     assert_bitwise(sums, plain_sums)
 
 
-def test_without_such_scalars_nothing_changes(graph):
+def test_if_nothing_skips_a_stage_nothing_changes(graph):
     stages = cut_stages(graph, [0, len(graph.layers)])
     assert hand_on(stages) == stages
 
 
-def test_arrays_still_go_past_stages():
+def test_arrays_go_to_the_next_stage_only():
+    """Also what a stage in between reads, too; results and gradients stay."""
+
     def loss(p, batch):
         first = x = batch["x"] @ p["in"]
-        for block in p["blocks"]:
+        for k, block in enumerate(p["blocks"]):
             x = jnp.tanh(x @ block["up"]) @ block["down"]
+            if k == 3:
+                x = x + first
         return (x * first).mean()
 
     graph = layers_of(loss, PARAMS, BATCH)
-    stages = cut(graph, 1)
-    assert any(c.consumers[-1] > c.producer + 1 for c in stages.crossings)
-    assert hand_on(stages) == stages
+    before = cut(graph, 1)
+    assert any(c.aval.shape and c.consumers[-1] > c.producer + 1 for c in before.crossings)
+    after = hand_on(before)
+    check(before, after)
+    assert_close(gradient(after), gradient(before), rtol=1e-6)

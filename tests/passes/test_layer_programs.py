@@ -6,6 +6,7 @@ import pytest
 from passes import STAGE_PASSES, jaxprs
 from passes.cut_stages import cut_stages
 from passes.differentiate import differentiate
+from passes.hand_on import hand_on
 from passes.layer_programs import layer_programs, number_together
 from passes.runner import Dump, run
 from passes.split_backward import split_backward
@@ -44,6 +45,21 @@ def test_the_programs_are_those_of_stages_of_one_layer(name):
         }
         types = jaxprs.avals(graph.program.param_vars)
         assert layer.params == {p: types[p] for p in stage.params}
+
+
+@each_model
+def test_what_skips_a_layer_is_handed_on_through_it(name):
+    graph = case(name).graph
+    before = stages_of(graph)
+    after = hand_on(before)
+    for layer, plain, stage in zip(layer_programs(graph), before.stages, after.stages, strict=True):
+        passed = [after.crossings[c].aval for c in stage.inputs]
+        read = [before.crossings[c].aval for c in plain.inputs]
+        assert layer.skipping_bytes == arrays_bytes(passed) - arrays_bytes(read)
+
+
+def arrays_bytes(avals):
+    return jaxprs.nbytes(aval for aval in avals if aval.shape)
 
 
 @each_model

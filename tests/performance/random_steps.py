@@ -36,7 +36,7 @@ def _costs(rng: Random, plan: Plan) -> Costs:
     sizes = {
         f"{what}_bytes": [rng.choice(_BYTES) for _ in names]
         for what in (
-            *("input", "saved", "saved_all", "kept", "made"),
+            *("input", "skipping", "saved", "saved_all", "kept", "made"),
             *("param", "grad", "state"),
             *(f"{kind}_temporary" for kind in ("forward", "backward", "input_grad", "weight_grad")),
             *("backward_held", "input_grad_held"),

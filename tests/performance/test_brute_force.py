@@ -51,7 +51,7 @@ def sent(step: Step, task: Task) -> tuple[tuple[int, int], float] | None:
     if source == target:
         return None
     first = step.plan.stages[max(task.stage, other)].layers[0]
-    (num_bytes,) = (layer.input_bytes for layer in step.costs.layers if layer.name == first)
+    (num_bytes,) = (x.input_bytes + x.skipping_bytes for x in step.costs.layers if x.name == first)
     link = step.cluster.links.get((source, target), step.cluster.link)
     return (source, target), link.latency_s + num_bytes / link.bytes_per_s
 
@@ -204,7 +204,7 @@ def longer(rng: Random, step: Step) -> Step:
         case 0:
             at = rng.randrange(len(costs.layers))
             names = [each.name for each in fields(LayerCost) if each.name.endswith("_s")]
-            what = rng.choice([*names, "input_bytes"])
+            what = rng.choice([*names, "input_bytes", "skipping_bytes"])
             if at == 0 and what == "input_grad_s" and costs.layers[0].input_grad_s == 0:
                 what = "forward_s"  # with an input gradient, the first stage would have another W
             layer = replace(costs.layers[at], **{what: getattr(costs.layers[at], what) + 4})

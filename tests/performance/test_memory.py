@@ -201,9 +201,12 @@ class Holds:
     def layers(self, stage: int) -> list[LayerCost]:
         return [self.costs[name] for name in self.step.plan.stages[stage].layers]
 
-    def crossing(self, stage: int) -> int:
-        """Return what a stage reads of the one before."""
-        return self.layers(stage)[0].input_bytes if 0 < stage < len(self.home) else 0
+    def crossing(self, stage: int) -> tuple[int, int]:
+        """Return what comes from the stage before: what stays, and what the forward ends."""
+        first = self.layers(stage)[0]
+        if self.step.plan.stages[stage].recompute == "all":
+            return first.input_bytes + first.skipping_bytes, 0
+        return first.input_bytes, first.skipping_bytes
 
     def saved(self, stage: int, recompute: str) -> int:
         layers = self.layers(stage)
@@ -265,13 +268,18 @@ class Holds:
             kept = sum(each.kept_bytes for each in self.layers(s))
             held.append((end, self.spans[Task(s, "W", m)].end_s, "kept", kept))
         if task.kind == "F" and s + 1 < len(self.home):
-            self.hand_on(task, s + 1, start, "saved", self.crossing(s + 1))
+            stays, ends = self.crossing(s + 1)
+            until = self.backward(s + 1, m).end_s
+            self.hand_on(task, s + 1, start, until, "saved", stays)
+            self.hand_on(task, s + 1, start, self.spans[Task(s + 1, "F", m)].end_s, "saved", ends)
         if task.kind in "BI" and s:
-            self.hand_on(task, s - 1, end, "transfers", self.crossing(s))
+            until = self.backward(s - 1, m).end_s
+            self.hand_on(task, s - 1, end, until, "transfers", sum(self.crossing(s)))
 
-    def hand_on(self, task: Task, reader: int, start: float, part: str, num_bytes: int) -> None:
-        """List a result: until it is sent, and where it is read until it has been."""
-        until = self.backward(reader, task.microbatch).end_s
+    def hand_on(
+        self, task: Task, reader: int, start: float, until: float, part: str, num_bytes: int
+    ) -> None:
+        """List a result: until it is sent, and where it is read until then."""
         if task in self.sent:
             transfer = self.sent[task]
             self.of[transfer.source].append((start, transfer.end_s, "transfers", num_bytes))
@@ -326,7 +334,9 @@ def test_the_executor_counts_the_same() -> None:
         stages = (replace(stage, recompute=rng.choice(levels)) for stage in step.plan.stages)
         plan = replace(step.plan, stages=tuple(stages))
         layers = (
-            replace(each, made_bytes=each.kept_bytes, input_grad_s=float(index > 0))
+            replace(
+                each, made_bytes=each.kept_bytes, input_grad_s=float(index > 0), skipping_bytes=0
+            )
             for index, each in enumerate(step.costs.layers)
         )
         costs = replace(step.costs, layers=tuple(layers), start_s=1.0)

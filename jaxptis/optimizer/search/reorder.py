@@ -94,7 +94,7 @@ def _stages(plan: Plan, costs: Costs, cluster: Cluster) -> Stages:
     ]
     lag_s = np.zeros((S, 2))
     for s in range(S - 1):
-        num_bytes = costs.layers[ranges[s + 1].start].input_bytes
+        num_bytes = costs.layers[ranges[s + 1].start].crossing_bytes
         if home[s] != home[s + 1]:
             there, back = (home[s], home[s + 1]), (home[s + 1], home[s])
             lag_s[s, 0] = cluster.link_between(*there).transfer_s(num_bytes)

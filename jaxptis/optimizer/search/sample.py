@@ -43,7 +43,7 @@ def sample(
         where fewer were found.
     """
     np.random.seed(seed)
-    L, M = len(problem.input_bytes), problem.num_microbatches
+    L, M = len(problem.crossing_bytes), problem.num_microbatches
     no_order = np.empty((0, 3), np.int64)
     work_s = problem.seconds[:, F] + problem.seconds[:, B]
     kept = np.zeros((num_kept, L, NUM_COLUMNS), np.int64)

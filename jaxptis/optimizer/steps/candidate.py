@@ -91,7 +91,7 @@ def least_s(problem: Problem, layers: np.ndarray, end_s: np.ndarray) -> float:
         if b < num_layers:
             other = layers[b, HOME]
             before_s += problem.latency_s[d, other]
-            before_s += problem.input_bytes[b] * problem.byte_s[d, other]
+            before_s += problem.crossing_bytes[b] * problem.byte_s[d, other]
         a = b
     return np.max(end_s)
 
@@ -135,7 +135,7 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
         seconds[s] /= problem.speed[d]
         saved = problem.held[b, SAVED] - problem.held[a, SAVED]
         kept[s] = problem.held[b, KEPT] - problem.held[a, KEPT]
-        room[s] = problem.input_bytes[a] if recompute else saved
+        room[s] = problem.crossing_bytes[a] if recompute else saved
         if s == 0 and not problem.trains_first:
             kept[s] = room[s]
         memory[d] -= problem.held[b, LASTING] - problem.held[a, LASTING]
@@ -143,7 +143,7 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
         most[d] = max(most[d], _passing_bytes(problem, a, b, layers[a], taken))
         if b < num_layers:
             other = layers[b, HOME]
-            crossing = problem.input_bytes[b]
+            crossing = problem.crossing_bytes[b]
             lag_s[s, 0] = problem.latency_s[d, other] + crossing * problem.byte_s[d, other]
             lag_s[s + 1, 1] = problem.latency_s[other, d] + crossing * problem.byte_s[other, d]
     memory -= most
@@ -155,7 +155,7 @@ def make_stages(problem: Problem, layers: np.ndarray) -> tuple[Stages, np.ndarra
 def _passing_bytes(problem: Problem, a: int, b: int, told: np.ndarray, room: float) -> float:
     """Return what a task of layers a to b needs at most beside the room of its microbatches."""
     saved = problem.held[b, SAVED] - problem.held[a, SAVED]
-    lasts, again = (problem.input_bytes[a], saved) if told[RECOMPUTE] == 1 else (saved, 0.0)
+    lasts, again = (problem.crossing_bytes[a], saved) if told[RECOMPUTE] == 1 else (saved, 0.0)
     splits = told[WHOLE] == 0 and (a > 0 or problem.trains_first)
     alone = backward = held = made = 0.0
     for layer in range(b - 1, a - 1, -1):

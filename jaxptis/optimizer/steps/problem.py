@@ -30,7 +30,7 @@ class Problem(NamedTuple):
         seconds: [L + 1, 5] running sums, of the columns F, B, I, W and AGAIN.
         held: [L + 1, 3] running sums of bytes, of the columns SAVED, KEPT and LASTING. A layer
             saves its input, too.
-        input_bytes: [L] what each layer reads of the one before.
+        crossing_bytes: [L] what comes to a stage that begins with it.
         needs: [L, 4] bytes that F, B, I and W of each layer need while they run.
         holds: [L, 3] bytes that B, and I, of several layers hold of each to their end, and what I
             makes of each while what was saved is still there.
@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 
     seconds: np.ndarray
     held: np.ndarray
-    input_bytes: np.ndarray
+    crossing_bytes: np.ndarray
     needs: np.ndarray
     holds: np.ndarray
     tied: np.ndarray
@@ -88,7 +88,7 @@ class Problem(NamedTuple):
                     for x in costs.layers
                 ]
             ),
-            input_bytes=_column(costs, lambda x: x.input_bytes),
+            crossing_bytes=_column(costs, lambda x: x.crossing_bytes),
             needs=np.array([[getattr(x, name) for name in _NEEDS] for x in costs.layers], float),
             holds=np.array([[getattr(x, name) for name in _HOLDS] for x in costs.layers], float),
             tied=tied,
@@ -105,7 +105,7 @@ class Problem(NamedTuple):
 
     @property
     def num_layers(self) -> int:
-        return len(self.input_bytes)
+        return len(self.crossing_bytes)
 
     @property
     def num_devices(self) -> int:

@@ -18,13 +18,12 @@ from jaxptis.performance.check_memory import check_memory
 from tests.optimizer.every_schedule import shortest_s
 from tests.optimizer.tiny_cases import tiny_case
 
-NUM_CASES = 40
 CLOSE = 1.01
 
 
-def test_of_small_cases_hardly_any_plan_is_shorter() -> None:
+def test_of_small_cases_hardly_any_plan_is_shorter(num_tiny_cases: int) -> None:
     lengths = []
-    for seed in range(NUM_CASES):
+    for seed in range(num_tiny_cases):
         costs, cluster, num_microbatches = tiny_case(seed)
         plan = best_plan(costs, cluster, num_microbatches, time_limit_s=0.5, blocking=False)
         found_s = simulate(plan, costs, cluster).step_s
@@ -32,7 +31,9 @@ def test_of_small_cases_hardly_any_plan_is_shorter() -> None:
             costs, cluster, num_microbatches, found_s * (1 + 1e-9), max_nodes=50_000
         )
         lengths.append(found_s / shortest)
-    assert np.mean(np.array(lengths) <= CLOSE) >= 0.95
+    close = np.array(lengths) <= CLOSE
+    print(f"{close.sum()} of {len(close)} within 1 %, longest {max(lengths):.4f}")
+    assert np.mean(close) >= 0.95
 
 
 @pytest.mark.parametrize("seed", range(20))
