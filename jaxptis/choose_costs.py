@@ -14,7 +14,8 @@ from jaxptis.performance.costs_file import from_json, to_json
 from jaxptis.performance.estimate import estimate
 from jaxptis.performance.measure import measure
 from jaxptis.processes import Processes, is_local
-from passes.layer_programs import layer_programs
+from passes.cut_stages import cut_stages
+from passes.layer_programs import layer_programs, skipping_bytes
 from passes.layers import LayerGraph
 from passes.stages import Operand
 
@@ -29,6 +30,7 @@ def choose_costs(
 ) -> Costs:
     """Estimate, measure or read the costs of the layers.
 
+    What skips layers is looked up in the model, also where costs are given.
     Of several processes each measures, all at the same time, and the means are taken.
 
     Args:
@@ -51,7 +53,17 @@ def choose_costs(
     costs = chosen if isinstance(chosen, Costs) else _load(chosen)
     where = "costs" if isinstance(chosen, Costs) else str(chosen)
     _check_layers(graph.names, costs, where)
-    return costs
+    return _with_skipping_bytes(costs, graph)
+
+
+def _with_skipping_bytes(costs: Costs, graph: LayerGraph) -> Costs:
+    """Return costs in which that is as the model has it, whatever is given."""
+    stages = cut_stages(graph, range(len(graph.layers) + 1))
+    layers = (
+        dataclasses.replace(layer, skipping_bytes=skipping_bytes(stages, index))
+        for index, layer in enumerate(costs.layers)
+    )
+    return dataclasses.replace(costs, layers=tuple(layers))
 
 
 def _mean(own: Costs, processes: Processes) -> Costs:

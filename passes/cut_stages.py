@@ -17,8 +17,8 @@ def cut_stages(graph: LayerGraph, boundaries: Sequence[int]) -> Stages:
     """Cut the program of `graph`.
 
     A value that depends on parameters only, or on the batch only, is computed again in every stage
-    that reads it; an activation is sent from its stage to each stage that reads it. A parameter
-    that no stage reads lives on the first.
+    that reads it; an activation crosses from its stage to those that read it, see `hand_on`. A
+    parameter that no stage reads lives on the first.
 
     Args:
       graph: the layers.

@@ -2,7 +2,7 @@
 
 What layers add to the loss skips the stages whose layers add nothing, and an early activation those
 whose layers do not read it. If it were sent past them, devices that are no neighbours would wait
-for each other.
+for each other. (It goes around so also where both ends are on one device, and could stay there.)
 """
 
 import dataclasses

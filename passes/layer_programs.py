@@ -101,16 +101,22 @@ def layer_programs(graph: LayerGraph) -> tuple[LayerPrograms, ...]:
                 params={p: types[p] for p in stage.params},
                 kind=kind,
                 operands=_operands(kind, gradient, stage),
-                skipping_bytes=jaxprs.nbytes(
-                    c.aval
-                    for c in stages.crossings
-                    if c.producer < index < c.consumers[-1]
-                    and index not in c.consumers
-                    and c.aval.shape
-                ),
+                skipping_bytes=skipping_bytes(stages, index),
             )
         )
     return tuple(layers)
+
+
+def skipping_bytes(stages: Stages, stage: int) -> int:
+    """Return how much of what later stages read goes past a stage that does not.
+
+    Without scalars: where they are summed does not make layers another kind.
+    """
+    return jaxprs.nbytes(
+        c.aval
+        for c in stages.crossings
+        if c.producer < stage < c.consumers[-1] and stage not in c.consumers and c.aval.shape
+    )
 
 
 def number_together(models: Sequence[Sequence[LayerPrograms]]) -> list[list[LayerPrograms]]:

@@ -18,7 +18,7 @@ class Crossing:
 
     Attributes:
       producer: the stage that computes it.
-      consumers: the stages that read it, ascending; it is sent to each of them.
+      consumers: the stages that read it, ascending; after `hand_on` the next one alone.
       aval: its shape and dtype.
       has_gradient: whether the loss has a gradient with respect to what the consumers read.
     """

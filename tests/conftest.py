@@ -15,13 +15,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update(LEAVE_OUT, True)
 os.environ[LEAVE_OUT.upper()] = "true"  # for programs that tests start: they compile the same
 
-if jax.__version_info__ < (0, 11):
-    # XLA's older emitters, which newer ones do not have, compile in half of the time. Their HLO is
-    # another, with scatters expanded: that of users is tested with the newer JAX.
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-    )
-
 # Parts of test names: what needs no jax runs first, what trains runs last, the rest between.
 FIRST = ("test_imports", "/plan/", "/schedules/", "/performance/", "/pictures/", "/optimizer/")
 LAST = ("/experiments/", "test_readme")

@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from flax import linen
@@ -13,7 +14,7 @@ from jaxptis import choose_costs as choosing
 from jaxptis.performance import Costs, LayerCost
 from jaxptis.performance import measure as measuring
 from jaxptis.performance.costs_file import to_json
-from tests.small_models import OUT, WIDTH, assert_close, loss_fn, make_batch, make_params
+from tests.small_models import OUT, WIDTH, assert_close, block, loss_fn, make_batch, make_params
 
 LAYERS = ("first", "blocks/0", "blocks/1", "head")
 
@@ -58,6 +59,36 @@ def test_layers_are_balanced_by_the_costs_given(weights, boundaries, tmp_path):
         assert pipelined.timeline.busy_s == tuple(
             2 * 3 * sum(weights[a:b]) for a, b in pairwise(boundaries)
         )
+
+
+def test_what_skips_layers_is_looked_up_in_the_model():
+    """Costs of another model may say anything, and files that people write often nothing."""
+
+    def loss(params, batch):
+        return loss_fn(params, batch) + jnp.mean(batch["x"] @ params["first"] * last(params, batch))
+
+    def last(params, batch):
+        x = batch["x"] @ params["first"]
+        for p in params["blocks"]:
+            x = block(p, x)
+        return x
+
+    pipelined = jaxptis.pipeline(
+        loss, num_microbatches=2, devices=jax.devices()[:2], costs="estimated", strategy="1f1b"
+    )
+    pipelined.compile(make_params(2), make_batch())
+    costs = pipelined.costs
+    assert any(layer.skipping_bytes for layer in costs.layers)
+    layers = tuple(replace(layer, skipping_bytes=7) for layer in costs.layers)
+    given = jaxptis.pipeline(
+        loss,
+        num_microbatches=2,
+        devices=jax.devices()[:2],
+        costs=replace(costs, layers=layers),
+        strategy="1f1b",
+    )
+    given.compile(make_params(2), make_batch())
+    assert given.costs == costs
 
 
 def test_values_do_not_depend_on_the_costs():

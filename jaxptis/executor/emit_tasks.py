@@ -29,6 +29,7 @@ def emit_tasks(rows: Rows, plan: Plan, costs: TaskCosts, programs: TaskPrograms)
         reads = [ref.of(item.microbatch) for ref in program.reads]
         writes = [ref.of(item.microbatch) for ref in program.writes]
         rows.run(device, program.name, reads, writes, item)
+        assert all(abs(stage - item.stage) == 1 for _, stage in program.sends), program
         held[item] = [
             ref.of(item.microbatch) for ref, stage in program.sends if home[stage] != device
         ]

@@ -90,7 +90,7 @@ def _ref(operand: Operand, stage: int, homes: Sequence[int]) -> Ref:
 
 
 def _readers(operand: Operand, stages: Stages) -> tuple[int, ...]:
-    """Return the other stages that read what a stage writes."""
+    """Return the stages that read what another writes; after `hand_on` the next to it alone."""
     match operand.role:
         case Role.CROSSING:
             return stages.crossings[operand.index].consumers

@@ -32,8 +32,9 @@ class LayerCost:
         weight_grad_s: of the weight gradient of a split backward, W.
         recompute_s: what B or I takes more in a stage that recomputes all.
         input_bytes: of what it reads of the layers before; its gradient takes as many.
-        skipping_bytes: of what layers after it read of those before, but not it: where a stage
-            begins with this layer, that is handed on through it, and so is its gradient.
+        skipping_bytes: of what layers after it read of those before, but not it, without scalars:
+            where a stage begins with this layer, that is handed on through it. Its gradient, if it
+            has one, takes as many.
         saved_bytes: what the forward saves for the backward, its input not counted.
         saved_all_bytes: likewise, in a stage that recomputes nothing.
         kept_bytes: all that lasts from I to W: what I keeps, and what W reads of what was saved, of

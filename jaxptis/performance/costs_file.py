@@ -4,7 +4,7 @@ Layers of equal costs are of one kind. "kinds" has the numbers of each, those of
 four seconds of a kind must be there, anything else is 0 if it is left out. "layers" says of which
 kind each layer is, in the order of the model. The rest may be left out: "tied", what several layers
 share, with the numbers of `TiedParams`; and "start_s", "source", "device" and "settings", as in
-`Costs`.
+`Costs`. Of a model at hand "skipping_bytes" are looked up, whatever the file says.
 
     {
      "device": "NVIDIA H200",

@@ -8,8 +8,8 @@ stage without input gradient has a whole backward in W, and its I does nothing. 
 another device stays until its transfer is over, and is on the other device from the start of the
 transfer on: an input until its B or I is over, a gradient until the task that reads it is. The
 input of the first stage is the batch, and is not counted. While a task runs, it has its
-temporaries. What skips the first layer of a stage is there until its forward is over, and likewise
-its gradient; if the stage recomputes all, it stays as the input does.
+temporaries. What skips the first layer of a stage is there until its forward is over; if the stage
+recomputes all, it is counted as the input is, as one of its layers may read it.
 """
 
 from bisect import bisect_right

@@ -9,7 +9,7 @@ from jaxptis.plan.task import Schedule, Task
 def needs(task: Task, tasks: Container[Task]) -> tuple[Task, ...]:
     """Return the tasks out of `tasks` whose results `task` reads.
 
-    Stages form a chain. A value that skips stages adds no need that the chain does not imply.
+    Stages form a chain: what skips some of them is handed on through them.
     """
     stage, microbatch = task.stage, task.microbatch
     read: tuple[Task, ...]

@@ -43,6 +43,7 @@ def _case(seed: int, *, memory_bytes: int | None = None) -> tuple[Costs, Cluster
                 weight_grad_s=random.randint(0, 5),
                 recompute_s=random.randint(0, 9),
                 input_bytes=random.randint(0, 5) * (index > 0 and memory_bytes is None),
+                skipping_bytes=random.randint(0, 2) * (index > 0 and memory_bytes is None),
                 saved_bytes=random.randint(0, 5),
                 kept_bytes=random.randint(0, 9) if memory_bytes else 0,
             )
