@@ -186,6 +186,7 @@ def value_and_grad(program):
 
 
 @pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.usefixtures("optimized")
 def test_loss_and_gradients_stay(name):
     after = peeled(name)
     after.check()
