@@ -1,5 +1,6 @@
 """Eight CPU devices, strict promotion, quick tests first; all is compiled quickly, and once."""
 
+import argparse
 import gc
 import os
 import tempfile
@@ -20,10 +21,17 @@ FIRST = ("test_imports", "/plan/", "/schedules/", "/performance/", "/pictures/",
 LAST = ("/experiments/", "test_readme")
 
 
+def _positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: look at 1 case or more")
+    return number
+
+
 def pytest_addoption(parser):
     """Let the plans of as many tiny models as you like be compared with all there are."""
     parser.addoption(
-        "--tiny_cases", type=int, default=40, help="each is set beside all of its schedules"
+        "--tiny_cases", type=_positive, default=40, help="each is set beside all of its schedules"
     )
 
 

@@ -82,7 +82,7 @@ def result_homes(pipeline: Pipeline, compiler: Compiler) -> list[Homes]:
 def tasks_of(pipeline: Pipeline, programs: Mapping[tuple[int, str], StageProgram]) -> TaskPrograms:
     """Return what the tasks of a plan run, of these programs."""
     homes = [placed.device for placed in pipeline.plan.stages]
-    return task_programs(pipeline.stages, programs, homes=homes, batch=pipeline.analysis.batch)
+    return task_programs(programs, homes=homes, batch=pipeline.analysis.batch)
 
 
 def predicted_memory(pipeline: Pipeline, *state: Copies) -> tuple[DeviceMemory, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxptis.executor.programs import BatchLeaf, needs_index
 from jaxptis.executor.tasks import Ref, TaskProgram
-from passes.stages import Operand, Role, StageProgram, Stages
+from passes.stages import Operand, Role, StageProgram
 
 KINDS = {"F": "forward", "B": "backward", "I": "input_grad", "W": "weight_grad"}
 """What the programs of each kind of task are called."""
@@ -33,7 +33,6 @@ def result(index: int) -> str:
 
 
 def task_programs(
-    stages: Stages,
     programs: Mapping[tuple[int, str], StageProgram],
     *,
     homes: Sequence[int],
@@ -42,7 +41,6 @@ def task_programs(
     """Name the buffers of the programs, which are given by stage and kind.
 
     Args:
-      stages: what crosses between the stages.
       programs: the program of every stage and kind of task.
       homes: the device of every stage.
       batch: the leaves of the whole batch.
@@ -56,9 +54,9 @@ def task_programs(
             ),
             writes=tuple(_ref(operand, stage, homes) for operand in program.writes),
             sends=tuple(
-                (_ref(operand, stage, homes), reader)
+                _ref(operand, stage, homes)
                 for operand in program.writes
-                for reader in _readers(operand, stages)
+                if operand.role in (Role.CROSSING, Role.COTANGENT)
             ),
         )
         for (stage, kind), program in programs.items()
@@ -87,13 +85,3 @@ def _ref(operand: Operand, stage: int, homes: Sequence[int]) -> Ref:
         case Role.SAVED | Role.KEPT:
             return Ref(f"stage{stage}.{operand.role.name.lower()}{index}", per_microbatch=True)
     raise AssertionError(operand)
-
-
-def _readers(operand: Operand, stages: Stages) -> tuple[int, ...]:
-    """Return the stages that read what another writes; after `hand_on` the next to it alone."""
-    match operand.role:
-        case Role.CROSSING:
-            return stages.crossings[operand.index].consumers
-        case Role.COTANGENT:
-            return (stages.crossings[operand.index].producer,)
-    return ()

@@ -36,13 +36,13 @@ class TaskProgram:
         name: of the program.
         reads: its inputs.
         writes: its results.
-        sends: the results that other stages read, each with the stage.
+        sends: the results that the next stage reads, of a forward, or the one before, of others.
     """
 
     name: str
     reads: tuple[Ref, ...]
     writes: tuple[Ref, ...]
-    sends: tuple[tuple[Ref, int], ...]
+    sends: tuple[Ref, ...]
 
 
 TaskPrograms = Mapping[tuple[int, str], TaskProgram]

@@ -60,7 +60,8 @@ def check_fills_stages(strategy: str, *, num_devices: int, num_layers: int) -> N
     if family.stages_option and limit:
         changes.append(f"lower {family.stages_option} to {limit} or less")
     if num_layers >= per_device:
-        changes.append(f"pass {num_layers // per_device} devices or fewer")
+        most = num_layers // per_device
+        changes.append(f"pass {most} devices or fewer" if most > 1 else "pass 1 device")
     raise ValueError(
         f"{num_layers} layers cannot fill {num_devices * per_device} stages, {per_device} on each "
         f"device, of {strategy!r}; {' or '.join(changes) or 'use a strategy of fewer stages'} "

@@ -46,18 +46,17 @@ def _stage(rng, s, device, makers):
         return [Ref(f"stage{s}.{what}{k}", True) for k in range(rng.randint(0, 2))]
 
     inputs = [c for c, maker in enumerate(makers) if maker == s - 1]
-    outputs = [(Ref(f"x{c}", True), s + 1) for c, maker in enumerate(makers) if maker == s]
-    d_inputs = [(Ref(f"d{c}.stage{s}", True), s - 1) for c in inputs]
+    outputs = [Ref(f"x{c}", True) for c, maker in enumerate(makers) if maker == s]
+    d_inputs = [Ref(f"d{c}.stage{s}", True) for c in inputs]
     held = [Ref(f"param{s}", False), *(Ref(f"x{c}", True) for c in inputs)]
     d_outputs = [Ref(f"d{c}.stage{s + 1}", True) for c, maker in enumerate(makers) if maker == s]
     early, late, kept = some("early"), some("late"), some("kept")
     total = [Ref(f"sum{s}.device{device}", False)]
-    made = [*([ref for ref, _ in outputs] or [Ref("result0", True)]), *early, *late]
-    d_in = [ref for ref, _ in d_inputs]
-    whole = ([*held, *early, *late, *d_outputs, *total], [*d_in, *total], d_inputs)
+    made = [*(outputs or [Ref("result0", True)]), *early, *late]
+    whole = ([*held, *early, *late, *d_outputs, *total], [*d_inputs, *total], d_inputs)
     parts = {"F": (held, made, outputs), "B": whole, "W": whole}
     if d_inputs:
-        parts["I"] = ([*held, *early, *d_outputs], [*d_in, *kept], d_inputs)
+        parts["I"] = ([*held, *early, *d_outputs], [*d_inputs, *kept], d_inputs)
         parts["W"] = ([*late, *kept, *d_outputs, *total], total, [])
     return {
         kind: TaskProgram(

@@ -18,14 +18,14 @@ def chain_programs(plan: Plan) -> dict[tuple[int, str], TaskProgram]:
     for s, kind in sorted(kinds):
         x, saved, kept = [Ref(f"x{s - 1}", True)] * (s > 0), Ref(f"saved{s}", True), f"kept{s}"
         d = [Ref(f"d{s + 1}", True)] * (s < last)
-        onward = [(Ref(f"x{s}", True), s + 1)] * (s < last)
-        back = [(Ref(f"d{s}", True), s - 1)] * (s > 0)
-        back_reads, sent_back = [*x, saved, *d], [ref for ref, _ in back]
+        onward = [Ref(f"x{s}", True)] * (s < last)
+        back = [Ref(f"d{s}", True)] * (s > 0)
+        back_reads = [*x, saved, *d]
         reads, writes, sends = {
-            "F": (x, [*[saved] * trains, *(ref for ref, _ in onward)], onward),
-            "B": (back_reads, sent_back, back),
+            "F": (x, [*[saved] * trains, *onward], onward),
+            "B": (back_reads, back, back),
             # The first stage has no input gradient, and leaves all to W.
-            "I": (back_reads, [*sent_back, Ref(kept, True)] if s else [], back),
+            "I": (back_reads, [*back, Ref(kept, True)] if s else [], back),
             "W": ([Ref(kept, True)] if s else back_reads, [], []),
         }[kind]
         programs[s, kind] = TaskProgram(

@@ -114,6 +114,7 @@ def test_costs_of_a_list_schedule() -> None:
         ("1f1b", 3, "pass 3 devices or fewer"),
         ("zb-v", 7, "pass 3 devices or fewer"),
         ("zb-v", 1, "use a strategy of fewer stages"),
+        ("zb-v", 2, "pass 1 device"),
         ("interleaved(v=3)", 9, "lower v to 2 or less or pass 3 devices or fewer"),
         ("interleaved(v=3)", 2, "use a strategy of fewer stages"),
         ("hanayo(waves=2)", 9, "lower waves to 1 or less or pass 2 devices or fewer"),
