@@ -4,8 +4,9 @@ python -m experiments.plan_times --json_output=experiments/results/plan_times.js
 
 The layers are those of Nemotron-Nano-9B-v2, whose times the authors of AdaPtis published; those
 between embedding and head are repeated until there are as many as asked for. Transfers take no
-time. Each case is planned twice: so that no device waits for another to take what it sends, as in
-the published tables, and with transfers that block both devices, as the executor runs them.
+time. Each case is planned twice: as if no device waited for another to take what it sends, as in
+the published tables, and with transfers that block both devices, as the executor runs them. Seconds
+include the other strategies, with whose plans the search begins.
 """
 
 import dataclasses

@@ -90,7 +90,7 @@ def _fixed_plan(costs: Costs, strategy: Strategy, num_devices: int, num_microbat
 
 
 def _other_plans(costs: Costs, cluster: Cluster, num_microbatches: int) -> Iterator[Plan]:
-    """Yield the plans of all other strategies that allow these numbers and fit the memory."""
+    """Yield the plans of all other strategies that allow these numbers."""
     for strategy in (*BASELINES, ADAPTIS):
         with contextlib.suppress(ValueError):
             yield make_plan(costs, strategy, cluster=cluster, num_microbatches=num_microbatches)

@@ -41,7 +41,7 @@ def task_programs(
     """Name the buffers of the programs, which are given by stage and kind.
 
     Args:
-      programs: the program of every stage and kind of task.
+      programs: the program of every stage and kind of task; what skips stages was handed on.
       homes: the device of every stage.
       batch: the leaves of the whole batch.
     """

@@ -36,7 +36,7 @@ class TaskProgram:
         name: of the program.
         reads: its inputs.
         writes: its results.
-        sends: the results that the next stage reads, of a forward, or the one before, of others.
+        sends: what the next stage reads of a forward's results, or the one before of a backward's.
     """
 
     name: str

@@ -58,7 +58,8 @@ def check_fills_stages(strategy: str, *, num_devices: int, num_layers: int) -> N
     changes = []
     limit = num_layers // (num_devices * family.stages_per_device)
     if family.stages_option and limit:
-        changes.append(f"lower {family.stages_option} to {limit} or less")
+        less = " or less" if limit > 1 else ""
+        changes.append(f"lower {family.stages_option} to {limit}{less}")
     if num_layers >= per_device:
         most = num_layers // per_device
         changes.append(f"pass {most} devices or fewer" if most > 1 else "pass 1 device")

@@ -13,7 +13,7 @@ def test_time_memory_and_what_more_time_gives(tmp_path):
     assert run.returncode == 0, run.stderr
     rows = json.loads(path.read_text())
     assert [row["blocking"] for row in rows] == [False, True]
-    assert rows[0]["step_ms"] < rows[1]["step_ms"]
+    assert rows[0]["step_ms"] < rows[1]["step_ms"]  # of these layers they are not the same
     first, *inner, last = published_costs("nemotron-nano-v2-9B").layers
     work_s = sum(x.forward_s + x.backward_s for x in (first, *inner[:10], last))
     for row in rows:

@@ -117,7 +117,7 @@ def test_costs_of_a_list_schedule() -> None:
         ("zb-v", 2, "pass 1 device"),
         ("interleaved(v=3)", 9, "lower v to 2 or less or pass 3 devices or fewer"),
         ("interleaved(v=3)", 2, "use a strategy of fewer stages"),
-        ("hanayo(waves=2)", 9, "lower waves to 1 or less or pass 2 devices or fewer"),
+        ("hanayo(waves=2)", 9, "lower waves to 1 or pass 2 devices or fewer"),
         ("list(stages_per_device=9)", 8, "lower stages_per_device to 2 or less"),
     ],
 )

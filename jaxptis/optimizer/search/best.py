@@ -108,6 +108,8 @@ def best_plan(
         )
         plans = [to_plan(problem, order, names) for order in [*found, *changed]]
         new = [_Tried.of(plan, costs, cluster, blocking) for plan in plans]
+        if not new and not less_bytes:
+            break  # the same search would find nothing again
         fit = _fitting([*fit, *new])
         goal_s = max(enough_s, _CLOSE * min((each.step_s for each in new), default=0.0))
         # Twice as much of what lacks each time: it lacks again where other plans are found.
