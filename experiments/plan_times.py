@@ -41,12 +41,16 @@ flags.declare_key_flag("json_output")  # --help lists it
 
 @flags.multi_flags_validator(
     ["cases", "longer_s"],
-    "give each of --cases as devices x microbatches x layers x seconds, and a --longer_s for each",
+    "give each of --cases as devices x microbatches x layers x seconds, in whole numbers of 1 or "
+    "more (of layers 2), and a whole number in --longer_s for each",
 )
 def _are_cases(values: dict[str, Any]) -> bool:
     cases = [case.split("x") for case in values["cases"]]
-    whole = all(len(case) == 4 and all(map(str.isdecimal, case)) for case in cases)
-    return whole and len(cases) == len(values["longer_s"])
+    numbers = [*(number for case in cases for number in case), *values["longer_s"]]
+    if not all(map(str.isdecimal, numbers)) or any(len(case) != 4 for case in cases):
+        return False
+    least = all(min(map(int, case)) >= 1 and int(case[2]) >= 2 for case in cases)
+    return least and len(cases) == len(values["longer_s"])
 
 
 Json = dict[str, Any]

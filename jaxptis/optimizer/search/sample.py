@@ -74,7 +74,7 @@ def sample(
         if least_s(problem, layers, ends_s) > steps_s[worst]:
             continue
         step_s, looked_at = step_s_of(problem, Candidate(layers, rule), steps_s[worst], no_order)
-        num_drawn -= crowded and looked_at == 0  # as good as none: it could not begin
+        num_drawn -= crowded and looked_at == 0  # could not begin, or too long at sight
         if step_s < steps_s[worst] and np.min(np.abs(steps_s - step_s)) > 1e-9 * step_s:
             kept[worst] = layers
             steps_s[worst] = step_s
